@@ -1,0 +1,70 @@
+"""Loads what a command runs: a base with a prefix, or bare, with its tokenizer and template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prefixtune.cli.output import say
+from prefixtune.errors import ConfigError, ModelError
+
+__all__ = ["Loaded", "load", "with_prefix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that can be called and generates, and how rows are written for it.
+
+    `base` is the bare model, which `model` is itself where there is no prefix; `template` is the one that the
+    prefix was trained with.
+    """
+
+    model: Any
+    base: Any
+    tokenizer: Any
+    name: str
+    template: str | None = None
+
+
+def load(model: str | None, prefix: Path | None, *, dtype: str, device: str | None) -> Loaded:
+    """The model with the prefix, or bare. Without `model`, the base that the prefix folder names.
+
+    Raises:
+        ConfigError: neither a model nor a prefix is given.
+        ModelError: the model cannot be loaded, or has no tokenizer.
+        StorageError: the prefix folder cannot be used.
+    """
+    from prefixtune.load import load_base
+
+    if model is None:
+        if prefix is None:
+            raise ConfigError("neither --model nor --prefix is given", hint="for example --model demo")
+        model = _base_name(prefix)
+    base = load_base(model, dtype=dtype, device=device)
+    say(f"{model}: {base.dtype_reason}")
+    if base.tokenizer is None:
+        raise ModelError(f"{model}: this command needs a tokenizer, and there is none in the folder")
+    bare = Loaded(model=base.model, base=base.model, tokenizer=base.tokenizer, name=model)
+    return bare if prefix is None else with_prefix(bare, prefix)
+
+
+def with_prefix(loaded: Loaded, folder: Path) -> Loaded:
+    """The same base with the prefix of a folder, and the template that it was trained with."""
+    from prefixtune import PrefixModel
+    from prefixtune.storage import read_info
+
+    info = read_info(folder)
+    model = PrefixModel.from_pretrained(loaded.base, folder)
+    return replace(loaded, model=model, name=folder.resolve().name, template=info.get("template"))
+
+
+def _base_name(folder: Path) -> str:
+    from prefixtune.storage import read_info
+
+    name = read_info(folder).get("base_name")
+    if not name:
+        raise ConfigError(
+            f"{folder}: the prefix does not say which model it is for", hint="name it with --model"
+        )
+    return str(name)

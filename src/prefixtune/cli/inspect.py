@@ -1,0 +1,120 @@
+"""prefixtune inspect: what a prefix for this model would be, or what a prefix folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prefixtune.cli.options import config_options, json_option
+from prefixtune.cli.output import print_json
+from prefixtune.config import PrefixConfig
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("target")
+@config_options("prefix", only=("length", "projection", "hidden_size"))
+@json_option
+def inspect(target: str, prefix_options: dict[str, Any], as_json: bool) -> None:
+    """Count parameters and bytes without loading weights.
+
+    TARGET is a model (name, folder, .gguf file, demo, or a config.json file) or a prefix folder.
+    """
+    if (Path(target).expanduser() / "prefix.json").is_file():
+        from prefixtune.storage import read_info
+
+        info = read_info(Path(target).expanduser())
+        print_json(info) if as_json else _print_info(info)
+        return
+    config = PrefixConfig(**prefix_options)
+    geometry, parameters = _measure(target)
+    facts = _facts(geometry, parameters, config)
+    print_json(facts) if as_json else _print_facts(geometry, facts, config)
+
+
+def _measure(target: str) -> tuple[Any, int]:
+    """The geometry of the model called `target`, and the number of its parameters."""
+    from prefixtune.geometry import Geometry
+    from prefixtune.load import empty_model
+
+    model = empty_model(target)
+    return Geometry.probe(model), sum(parameter.numel() for parameter in model.parameters())
+
+
+def _facts(geometry: Any, base_parameters: int, config: PrefixConfig) -> dict[str, Any]:
+    from prefixtune.prefix import count_parameters
+
+    trainable = count_parameters(geometry, config, geometry.hidden_size)
+    total = base_parameters + trainable
+    layers = geometry.layers
+    return {
+        "model_type": geometry.model_type,
+        "layers": len(layers),
+        "hidden_size": geometry.hidden_size,
+        "kv_heads": _uniform([layer.kv_heads for layer in layers]),
+        "key_dim": _uniform([layer.key_dim for layer in layers]),
+        "value_dim": _uniform([layer.value_dim for layer in layers]),
+        "windows": list(geometry.windows),
+        "max_positions": geometry.max_positions,
+        "length": config.length,
+        "projection": config.projection,
+        "base_parameters": base_parameters,
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "trainable_percent": round(100 * trainable / total, 4),
+        "kv_numbers_per_token": geometry.numbers_per_token,
+        "kv_cache_bytes_per_token": {
+            "float32": 4 * geometry.numbers_per_token,
+            "bfloat16": 2 * geometry.numbers_per_token,
+        },
+        "prefix_file_bytes": 4 * config.length * geometry.numbers_per_token,  # the baked KV, in float32
+    }
+
+
+def _uniform(values: Sequence[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def _print_facts(geometry: Any, facts: dict[str, Any], config: PrefixConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layers", "kv heads", "key dim", "value dim", "window", title=facts["model_type"])
+    for first, last, layer in _runs(geometry.layers):
+        name = str(first) if first == last else f"{first} to {last}"
+        window = "all" if layer.window is None else str(layer.window)
+        table.add_row(name, str(layer.kv_heads), str(layer.key_dim), str(layer.value_dim), window)
+    Console().print(table)
+    per_token = facts["kv_cache_bytes_per_token"]
+    kind = "with projection" if config.projection else "without projection"
+    click.echo(
+        f"base model: {facts['base_parameters']:,} parameters\n"
+        f"prefix of {config.length} tokens {kind}: {facts['trainable_parameters']:,} trainable parameters, "
+        f"{facts['trainable_percent']} % of {facts['all_parameters']:,}\n"
+        f"KV per token: {per_token['bfloat16']:,} bytes in bfloat16, {per_token['float32']:,} in float32\n"
+        f"prefix file: {facts['prefix_file_bytes']:,} bytes of tensors"
+    )
+
+
+def _runs(layers: Sequence[Any]) -> list[tuple[int, int, Any]]:
+    """Neighbouring layers of the same shape as (first, last, layer)."""
+    runs: list[tuple[int, int, Any]] = []
+    for index, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], index, layer)
+        else:
+            runs.append((index, index, layer))
+    return runs
+
+
+def _print_info(info: dict[str, Any], indent: str = "") -> None:
+    for key, value in info.items():
+        if isinstance(value, dict):
+            click.echo(f"{indent}{key}:")
+            _print_info(value, indent + "  ")
+        else:
+            click.echo(f"{indent}{key}: {value}")

@@ -1,0 +1,74 @@
+"""What goes to stdout and what to stderr. Knows no command.
+
+stdout is the result, and nothing but it; stderr is everything that is said on the way.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from typing import IO, Any
+
+import click
+
+from prefixtune.errors import PrefixTuneError
+
+__all__ = ["Failure", "describe_os_error", "print_json", "say"]
+
+
+class Failure(click.ClickException):
+    """An error as the user sees it: one line that says what is wrong, and one that says what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance as well
+
+    @classmethod
+    def of(cls, error: PrefixTuneError) -> Failure:
+        return cls(error.message, hint=error.hint, exit_code=error.exit_code)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        _styled("error: ", "bold red", self.message)
+        if self.hint:
+            _styled("hint: ", "bold cyan", self.hint)
+
+
+def say(text: str) -> None:
+    """One line of news on stderr."""
+    _styled("", "", text)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; JSON has no infinity and no NaN, so these become null."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def describe_os_error(error: OSError) -> Failure:
+    """A full disk, a folder without permission and their like."""
+    where = f"{error.filename}: " if error.filename else ""
+    hints = {
+        errno.ENOSPC: "free some space, or write to another disk",
+        errno.EACCES: "check the permissions, or write to another folder",
+        errno.EROFS: "write to another folder",
+    }
+    return Failure(f"{where}{error.strerror or error}", hint=hints.get(error.errno or 0))
+
+
+def _styled(label: str, style: str, text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble((label, style), text))  # Text: brackets in a message are no markup
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

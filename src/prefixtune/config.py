@@ -1,0 +1,191 @@
+"""The knobs, one place each: frozen keyword-only dataclasses, checked at birth.
+
+The command line, the docs table and the JSON files are generated from these fields. Knows no torch and no disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, get_args, get_type_hints
+
+from prefixtune.errors import ConfigError
+
+__all__ = ["DataConfig", "PrefixConfig", "TrainConfig", "option"]
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its help text, and its choices where they are closed."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Config:
+    """What all configs share: checking of types and choices, and the JSON round trip."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for knob in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = self._coerce(knob.name, getattr(self, knob.name), hints[knob.name])
+            object.__setattr__(self, knob.name, value)
+            choices = knob.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ConfigError(f"{knob.name}: expected one of {', '.join(choices)}; got {value!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where values do not fit together."""
+
+    @staticmethod
+    def _coerce(name: str, value: Any, hint: Any) -> Any:
+        allowed = get_args(hint) or (hint,)
+        plain = tuple(kind for kind in allowed if isinstance(kind, type))
+        if isinstance(value, bool) and bool not in plain:
+            raise ConfigError(f"{name}: expected {_names(plain)}; got {value!r}")
+        if isinstance(value, int) and not isinstance(value, bool) and int not in plain and float in plain:
+            return float(value)  # TOML and JSON write 1 where 1.0 is meant
+        if isinstance(value, float) and int in plain and float not in plain and value.is_integer():
+            return int(value)
+        if isinstance(value, list):
+            value = tuple(value)
+        if plain and not isinstance(value, plain) and not any(_is_generic(kind) for kind in allowed):
+            raise ConfigError(f"{name}: expected {_names(plain)}; got {value!r}")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; an unknown name is an error that lists the known ones."""
+        known = [knob.name for knob in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(unknown)}", hint=f"the options are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.from_dict(json.loads(text))
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+
+
+def _is_generic(kind: Any) -> bool:
+    return not isinstance(kind, type)
+
+
+def _positive(config: _Config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name}: expected more than 0; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig(_Config):
+    """The trainable prefix: its length, parameterisation and start.
+
+    Example:
+        >>> PrefixConfig(length=10, projection=True).length
+        10
+    """
+
+    length: int = option(10, "number of virtual tokens P")
+    projection: bool = option(False, "produce the KV by an MLP (Li & Liang 2021, section 4.3)")
+    hidden_size: int | None = option(None, "width of the MLP's hidden layer; the model's own by default")
+    init: str = option(
+        "random",
+        "start from noise at the scale of the model's KV, from the KV of text, or from the KV of token ids",
+        choices=("random", "text", "tokens"),
+    )
+    init_text: str | None = option(None, "the text whose KV the prefix starts from (init=text)")
+    init_tokens: tuple[int, ...] | None = option(None, "the token ids whose KV the prefix starts from (init=tokens)")
+
+    def check(self) -> None:
+        _positive(self, "length", "hidden_size")
+        if self.hidden_size is not None and not self.projection:
+            raise ConfigError("hidden_size: only the projection has a hidden layer", hint="add projection=True")
+        if self.init == "text" and not self.init_text:
+            raise ConfigError("init=text needs init_text", hint='for example init_text="Summarise the mail:"')
+        if self.init_text is not None and self.init != "text":
+            raise ConfigError(f"init_text is given, but init is {self.init}", hint="use init=text")
+        if self.init == "tokens" and not self.init_tokens:
+            raise ConfigError("init=tokens needs init_tokens, a list of token ids")
+        if self.init_tokens is not None and self.init != "tokens":
+            raise ConfigError(f"init_tokens is given, but init is {self.init}", hint="use init=tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Config):
+    """Where the rows come from and how a row becomes token ids and target tokens."""
+
+    template: str = option(
+        "human",
+        "human (the tutorial's), chat (the tokenizer's chat template), or a format such as "
+        "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break)",
+    )
+    fields: str | None = option(None, "map the template's fields to the file's columns, e.g. input=mr,output=ref")
+    max_length: int = option(256, "longest row in tokens; what is cut is counted and shown")
+    split: str = option("train", "which split of a hub data set or DatasetDict to read")
+    on_no_target: str = option(
+        "error", "a row without target tokens stops the run, or is dropped and counted", choices=("error", "drop")
+    )
+    limit: int | None = option(None, "read no more than this many rows")
+
+    def check(self) -> None:
+        _positive(self, "max_length", "limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """How to train; named as in transformers' TrainingArguments where it has the option."""
+
+    learning_rate: float | None = option(None, "peak learning rate; by parameterisation unless given")
+    num_train_epochs: float = option(1.0, "passes over the training rows, unless --max-steps is given")
+    max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
+    per_device_train_batch_size: int = option(8, "rows per forward pass")
+    per_device_eval_batch_size: int = option(8, "rows per forward pass in evaluation")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step, weighted by target tokens")
+    warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
+    lr_scheduler_type: str = option(
+        "linear",
+        "schedule of the learning rate after warm-up",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
+    logging_steps: int = option(10, "log the loss every so many steps")
+    eval_steps: int | None = option(None, "evaluate every so many steps; once per epoch unless given")
+    save_steps: int | None = option(None, "checkpoint every so many steps; once per epoch unless given")
+    save_total_limit: int = option(2, "keep this many checkpoints, and the best one")
+    seed: int = option(42, "seed of the initialisation, the data order and dropout")
+    dtype: str = option(
+        "auto", "precision of the frozen base; the prefix is always fp32", choices=("auto", "float32", "bfloat16")
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    report_to: str = option("tensorboard", "where to log: tensorboard, wandb, … or none; several with commas")
+
+    def check(self) -> None:
+        _positive(
+            self,
+            "learning_rate",
+            "num_train_epochs",
+            "max_steps",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+        )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio: expected a share from 0 to 1; got {self.warmup_ratio}")

@@ -1,0 +1,33 @@
+"""From files to token ids: rows, templates, examples, batches. Knows no model and no training.
+
+rows = load_rows("train.jsonl")
+examples, report = build_examples(rows, tokenizer, DataConfig())
+batch = Collator(tokenizer.pad_token_id)(examples[:8])
+"""
+
+from __future__ import annotations
+
+from prefixtune.data.collate import Collator
+from prefixtune.data.examples import (
+    DataReport,
+    Example,
+    Prompt,
+    build_examples,
+    build_prompts,
+)
+from prefixtune.data.row import Row
+from prefixtune.data.show import example_text
+from prefixtune.data.sources import load_rows, parse_fields
+
+__all__ = [
+    "Collator",
+    "DataReport",
+    "Example",
+    "Prompt",
+    "Row",
+    "build_examples",
+    "build_prompts",
+    "example_text",
+    "load_rows",
+    "parse_fields",
+]

@@ -1,0 +1,239 @@
+"""Rows through a tokenizer's chat template: which tokens would the assistant generate. Knows no model family.
+
+A template is a program that we can only run. Where it marks the assistant's text with {% generation %}, the
+marks count; else a turn is what rendering messages[:i+1] has beyond messages[:i] with the generation prompt.
+Positions are characters of the rendered text until the last step, which maps them to tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from prefixtune.data.row import Row, check_text, field_text, kind_of, missing_field, required_text
+from prefixtune.data.templates import NO_TARGET, Encoded, PromptText, empty_target, token_ids
+from prefixtune.errors import DataError
+
+__all__ = ["ChatTemplate"]
+
+_PROBE = "prefixtune:probe"  # stands for a content whose place in the rendered text is looked for
+_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # first character and the one after the last
+
+
+class ChatTemplate:
+    """The tokenizer's chat template. Each assistant turn is a target, with its end token, without its header.
+
+    A row holds `messages`, a list of {role, content}, or instruction, input and output: then the user says
+    the instruction and, on a new line, the input if there is one, after an optional `system` message.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "the tokenizer has no chat template",
+                hint="use --template human, or a format such as 'Question: {instruction}\\nAnswer: {output}'",
+            )
+        self._tokenizer = tokenizer
+        self._marked = bool(_MARKER.search(tokenizer.get_chat_template()))
+
+    def fields(self, row: Row) -> tuple[str, ...]:
+        return () if "messages" in row.values else ("system", "instruction", "input", "output")
+
+    def encode(self, row: Row) -> Encoded:
+        messages = _messages(row)
+        head = messages[
+            : _last_turn(row, messages) + 1
+        ]  # what follows the last turn is no target, but stays in the ids
+        text = self._render(row, messages)
+        spans, unclosed = self._turns(row, head)
+        if not text.startswith(self._render(row, head)[: spans[-1][1]]):
+            raise _inconsistent(row)
+        ids, is_target = self._tokenise(row, text, spans)
+        labels = [token if target else NO_TARGET for token, target in zip(ids, is_target, strict=True)]
+        return Encoded(input_ids=ids, labels=labels, unclosed=unclosed)
+
+    def prompt(self, row: Row) -> PromptText:
+        messages = _messages(row)
+        head = messages[: _last_turn(row, messages) + 1]
+        spans, _ = self._turns(row, head)
+        text = self._render(row, head)[: spans[-1][0]]
+        return PromptText(
+            input_ids=token_ids(self._tokenizer, text, special=False),
+            text=text,
+            reference=head[-1]["content"],
+        )
+
+    def _render(self, row: Row, messages: list[Message], *, generation_prompt: bool = False) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program: it raises what it likes about roles and their order
+            raise DataError(f"{row.origin}: the chat template refuses the row: {error}") from error
+        return text
+
+    def _turns(self, row: Row, messages: list[Message]) -> tuple[list[Span], int]:
+        """The span of each assistant turn in the rendered messages, and how many have no end-of-turn text."""
+        text = self._render(row, messages)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = self._marked_spans(messages, len(turns)) if self._marked else None
+        spans = []
+        unclosed = 0
+        for order, index in enumerate(turns):
+            header, after = self._around(row, messages, index)
+            start, end = marked[order] if marked else self._span(row, text, messages, index, header)
+            closing = after.rstrip()
+            if closing:
+                end = _closed_end(text, start, end, closing)
+            else:  # no end-of-turn text: the white space is all that ends the turn, so it stays a target
+                unclosed += 1
+            spans.append((start, end))
+        return spans, unclosed
+
+    def _around(self, row: Row, messages: list[Message], index: int) -> tuple[str, str]:
+        """What the template renders before and after the content of one message, when it is the last."""
+        probe = [*messages[:index], {**messages[index], "content": _PROBE}]
+        before, found, after = self._render(row, probe).rpartition(_PROBE)
+        if not found:
+            raise DataError(f"{row.origin}: the chat template leaves out what the assistant says")
+        return before, after
+
+    def _span(self, row: Row, text: str, messages: list[Message], index: int, header: str) -> Span:
+        """The turn's text beyond what the template gives as the generation prompt."""
+        upto = self._render(row, messages[: index + 1])
+        before = self._render(row, messages[:index]) if index else ""
+        prompt = self._render(row, messages[:index], generation_prompt=True) if index else ""
+        if prompt == before and header.startswith(before):
+            # the template knows no generation prompt, so the role header before the content stands for it;
+            # a space stays with the content, because in most vocabularies it belongs to the word after it
+            prompt = before + header[len(before) :].rstrip(" ")
+        if not (text.startswith(upto.rstrip()) and upto.startswith(prompt)):
+            raise _inconsistent(row)
+        return len(prompt), len(upto) if text.startswith(upto) else len(upto.rstrip())
+
+    def _marked_spans(self, messages: list[Message], turns: int) -> list[Span] | None:
+        """The spans inside {% generation %}, or None where the marks do not give one per assistant turn."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        encoded = self._tokenizer.apply_chat_template(
+            messages,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        spans: list[Span] = []
+        inside = False
+        for marked, (start, end) in zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True):
+            if marked:
+                spans = [*spans[:-1], (spans[-1][0], end)] if inside else [*spans, (start, end)]
+            inside = bool(marked)
+        return spans if len(spans) == turns else None
+
+    def _tokenise(self, row: Row, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """The ids of the text, and for each whether it holds a character of a span."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return self._tokenise_slowly(row, text, spans)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        flags = []
+        for start, end in encoded["offset_mapping"]:
+            # where a tokenizer trims offsets, a token of spaces has an empty one at its end
+            first = min(start, end - 1)
+            flags.append(any(end > low and first < high for low, high in spans))
+        return list(encoded["input_ids"]), flags
+
+    def _tokenise_slowly(self, row: Row, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        """Without offsets: the ids of the text up to each boundary must be the first ids of the whole."""
+        ids = token_ids(self._tokenizer, text, special=False)
+        flags = [False] * len(ids)
+        for span in spans:
+            first, last = (self._count_ids(row, text[:position], ids) for position in span)
+            flags[first:last] = [True] * (last - first)
+        return ids, flags
+
+    def _count_ids(self, row: Row, prefix: str, ids: list[int]) -> int:
+        prefix_ids = token_ids(self._tokenizer, prefix, special=False)
+        if ids[: len(prefix_ids)] != prefix_ids:
+            raise DataError(
+                f"{row.origin}: a token straddles the border between a prompt and the assistant's turn, "
+                "and this slow tokenizer gives no offsets to find it by",
+                hint="use the fast version of the tokenizer, or --template human",
+            )
+        return len(prefix_ids)
+
+
+def _closed_end(text: str, start: int, end: int, closing: str) -> int:
+    """The span's end just after its end-of-turn text: without white space after it, and never without it."""
+    stripped = start + len(text[start:end].rstrip())
+    if text.endswith(closing, start, stripped):
+        return stripped
+    # the author's marks stop before the end-of-turn token, which the model must learn as well
+    return next((at + len(closing) for at in (end, stripped) if text.startswith(closing, at)), stripped)
+
+
+def _inconsistent(row: Row) -> DataError:
+    return DataError(
+        f"{row.origin}: the chat template is not prefix-consistent: it renders the first turns of this "
+        "conversation differently when more follows, so the assistant's tokens cannot be told apart",
+        hint="give one row per turn, mark the template with {% generation %}, or use --template human",
+    )
+
+
+def _last_turn(row: Row, messages: list[Message]) -> int:
+    """The index of the last assistant message; no assistant message may be empty."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise empty_target(row, "the assistant's part")
+    for index in turns:
+        if not messages[index]["content"].strip():
+            raise empty_target(
+                row, "'output'" if "messages" not in row.values else f"messages[{index}].content"
+            )
+    return turns[-1]
+
+
+def _messages(row: Row) -> list[Message]:
+    if "messages" in row.values:
+        return _checked(row, row.values["messages"])
+    if "output" not in row.values:
+        raise missing_field(row, "messages' and no 'output", wanted="output")
+    if "instruction" not in row.values and "input" not in row.values:
+        raise missing_field(row, "instruction", wanted="instruction")
+    asked = [field_text(row, name) for name in ("instruction", "input")]
+    messages = [
+        {"role": "system", "content": field_text(row, "system")},
+        {"role": "user", "content": "\n".join(part for part in asked if part)},
+    ]
+    said = [message for message in messages if message["role"] == "user" or message["content"]]
+    return [*said, {"role": "assistant", "content": required_text(row, "output")}]
+
+
+def _checked(row: Row, value: Any) -> list[Message]:
+    """The messages of a row, after checking that each has a role and a text."""
+    where = f"{row.origin}: field 'messages'"
+    if not isinstance(value, list) or not value:
+        came = "an empty list" if value == [] else kind_of(value)
+        raise DataError(f"{where}: expected a list of {{role, content}}; got {came}")
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: expected {{role, content}} at [{index}]; got {kind_of(message)}")
+        absent = [name for name in ("role", "content") if name not in message]
+        if absent:
+            raise DataError(
+                f"{where}: no '{absent[0]}' at [{index}]; it has {', '.join(message) or 'no fields'}",
+                hint='each message is written {"role": "user", "content": "…"}',
+            )
+        content = "" if message["content"] is None else message["content"]
+        for name, text in (("role", message["role"]), ("content", content)):
+            if not isinstance(text, str):
+                raise DataError(f"{where}: expected text as '{name}' at [{index}]; got {kind_of(text)}")
+        messages.append({**message, "content": check_text(content, f"{where} at [{index}]")})
+    return messages

@@ -1,0 +1,208 @@
+"""Rows to examples for training and prompts for generation, with a count of what is lost. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.config import DataConfig
+from prefixtune.data.chat import ChatTemplate
+from prefixtune.data.row import NoTargetError, Row, count_converted
+from prefixtune.data.templates import NO_TARGET, Encoded, FormatTemplate, HumanTemplate, Template, require_eos
+from prefixtune.errors import ConfigError, DataError
+
+__all__ = ["DataReport", "Example", "Prompt", "build_examples", "build_prompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row as token ids.
+
+    Attributes:
+        input_ids: T ids.
+        labels: T ids; -100 where the token is no target. Not shifted: labels[t] is input_ids[t] or -100.
+        origin: where the row stands.
+        truncated: how many tokens were cut off at the end.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    origin: str
+    truncated: int
+
+    @property
+    def target_tokens(self) -> int:
+        """The targets that a loss counts: nothing predicts the first token of a row."""
+        return _count_targets(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What stands before the last target of a row, and the text of that target."""
+
+    input_ids: tuple[int, ...]
+    text: str
+    reference: str
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What became of the rows. Tokens, targets, truncation and `longest` are of the examples that were kept.
+
+    Attributes:
+        dropped: rows left out because no target token was left (on_no_target="drop").
+        converted: numbers and booleans that were turned into text.
+        unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
+    """
+
+    rows: int
+    examples: int
+    dropped: int
+    truncated_rows: int
+    truncated_tokens: int
+    tokens: int
+    target_tokens: int
+    longest: int
+    converted: int = 0
+    unclosed: int = 0
+
+    def summary(self) -> str:
+        """One line for people; what was lost is in capitals, and is not mentioned where there was none."""
+        parts = [
+            f"{_plural(self.rows, 'row')}: {_plural(self.examples, 'example')}, "
+            f"{self.tokens:,} tokens, {_plural(self.target_tokens, 'target')}, longest {self.longest:,}"
+        ]
+        if self.truncated_rows:
+            cut = _plural(self.truncated_tokens, "token")
+            parts.append(f"TRUNCATED {_plural(self.truncated_rows, 'row')}, {cut} cut off")
+        if self.dropped:
+            parts.append(f"DROPPED {_plural(self.dropped, 'row')} without a target")
+        if self.converted:
+            parts.append(f"CONVERTED {_plural(self.converted, 'number')} to text")
+        if self.unclosed:
+            parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
+        return "; ".join(parts)
+
+
+def build_examples(
+    rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, progress: bool = False
+) -> tuple[list[Example], DataReport]:
+    """Tokenise rows for training.
+
+    Reads `template`, `max_length` and `on_no_target` of the config; its other knobs are `load_rows`'s.
+
+    Args:
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: the template is none of the known ones.
+        DataError: a row lacks a field or a target, no row is left, or the tokenizer lacks what is needed.
+    """
+    template = _template_for(config.template, tokenizer)
+    examples: list[Example] = []
+    dropped = converted = unclosed = 0
+    for row in _track(rows, progress):
+        try:
+            encoded = template.encode(row)
+            example = _cut(encoded, row, config.max_length)
+        except NoTargetError:
+            if config.on_no_target == "error":
+                raise
+            dropped += 1
+            continue
+        examples.append(example)
+        converted += count_converted(row, template.fields(row))
+        unclosed += encoded.unclosed
+    if not examples:
+        raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
+    report = DataReport(
+        rows=len(rows),
+        examples=len(examples),
+        dropped=dropped,
+        truncated_rows=sum(example.truncated > 0 for example in examples),
+        truncated_tokens=sum(example.truncated for example in examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+        target_tokens=sum(example.target_tokens for example in examples),
+        longest=max(len(example.input_ids) for example in examples),
+        converted=converted,
+        unclosed=unclosed,
+    )
+    return examples, report
+
+
+def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[Prompt]:
+    """The prompts of rows for generation, with the targets as references.
+
+    Of a chat, what stands before the last assistant turn. A prompt is never cut: without its end it would ask
+    something else. Rows whose target text is empty are refused, or left out with on_no_target="drop".
+    """
+    template = _template_for(config.template, tokenizer)
+    prompts = []
+    for row in rows:
+        try:
+            prompt = template.prompt(row)
+        except NoTargetError:
+            if config.on_no_target == "error":
+                raise
+            continue
+        prompts.append(
+            Prompt(
+                input_ids=tuple(prompt.input_ids),
+                text=prompt.text,
+                reference=prompt.reference,
+                origin=row.origin,
+            )
+        )
+    return prompts
+
+
+def _template_for(text: str, tokenizer: Any) -> Template:
+    if text != "human" and text != "chat" and "{" not in text:
+        raise ConfigError(
+            f"template: expected human, chat, or a format with {{fields}}; got {text!r}",
+            hint="for example 'Question: {instruction}\\nAnswer: {output}'",
+        )
+    require_eos(tokenizer)
+    if text == "human":
+        return HumanTemplate(tokenizer)
+    return ChatTemplate(tokenizer) if text == "chat" else FormatTemplate(tokenizer, text)
+
+
+def _cut(encoded: Encoded, row: Row, max_length: int) -> Example:
+    """The first `max_length` tokens of a row, in which there must be a target."""
+    labels = encoded.labels[:max_length]
+    if not _count_targets(labels):
+        before = next(
+            (i for i, label in enumerate(encoded.labels) if label != NO_TARGET), len(encoded.labels)
+        )
+        raise NoTargetError(
+            f"{row.origin}: no target token is left: {before} of the row's {len(encoded.labels)} tokens "
+            f"stand before the target, and max_length is {max_length}"
+            + (", and nothing predicts a row's first token" if before == 0 else ""),
+            hint="raise --max-length, or leave such rows out with --on-no-target drop",
+        )
+    return Example(
+        input_ids=tuple(encoded.input_ids[:max_length]),
+        labels=tuple(labels),
+        origin=row.origin,
+        truncated=len(encoded.labels) - len(labels),
+    )
+
+
+def _count_targets(labels: Sequence[int]) -> int:
+    return sum(label != NO_TARGET for label in labels[1:])  # nothing predicts the first token of a row
+
+
+def _track(rows: Sequence[Row], progress: bool) -> Iterable[Row]:
+    if not progress:
+        return rows
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, description="tokenising", console=Console(stderr=True))  # stdout is the result
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

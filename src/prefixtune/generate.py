@@ -1,0 +1,249 @@
+"""Continues token ids with text, in batches. Knows no files, no metrics and no conversation.
+
+Axes: B batch, T the longest prompt's tokens, N new tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from string import Formatter
+from typing import Any
+
+import torch
+
+from prefixtune.config import DataConfig
+from prefixtune.data import Row, build_examples, build_prompts
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.geometry import Geometry, quiet_eval
+
+__all__ = [
+    "check_positions",
+    "conversation_ids",
+    "ending",
+    "generate_batch",
+    "progress_bar",
+    "prompt_row",
+    "sampling",
+    "without_target",
+]
+
+PLACEHOLDER = "…"  # stands where a row has no target yet; a prompt ends before it
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    progress: str | None = None,
+) -> list[str]:
+    """Continue each prompt until its end token, or for `max_new_tokens` tokens.
+
+    Args:
+        model: a PrefixModel, or a bare base model.
+        prompts: token ids; no prompt may be empty.
+        temperature: 0 takes the most probable token, more samples from a flatter distribution.
+        top_p: sample from the most probable tokens that share this much probability (Holtzman et al. 2020).
+        seed: makes sampling repeatable; torch's own random state is left as it was.
+        progress: what a bar on stderr says; no bar unless given.
+
+    Returns:
+        The new text for each prompt, in the order of the prompts, without special tokens.
+    """
+    _check(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
+    settings = sampling(temperature=temperature, top_p=top_p)
+    settings |= ending(model, tokenizer) | {"max_new_tokens": max_new_tokens}
+    ends = set(settings["eos_token_id"] or ())
+    # of similar length together: less padding; the longest first, so that a batch too large fails at once
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    texts = [""] * len(prompts)
+    with quiet_eval(model), _seeded(seed), progress_bar(progress, total=len(prompts)) as advance:
+        for rows in batches:
+            batch = _left_padded([prompts[row] for row in rows], settings["pad_token_id"], model.device)
+            with torch.no_grad():
+                whole = model.generate(**batch, **settings)  # [B, T+N]
+            new = whole[:, batch["input_ids"].shape[1] :]  # [B, N]
+            for row, ids in zip(rows, new.tolist(), strict=True):
+                answer = takewhile(lambda token: token not in ends, ids)
+                texts[row] = tokenizer.decode(list(answer), skip_special_tokens=True)
+            advance(len(rows))
+    return texts
+
+
+def sampling(*, temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of `model.generate`: greedy at temperature 0; else exactly what was asked, whatever the model's
+    own generation config has."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def ending(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Options of `model.generate`: the end tokens of the model and of the tokenizer, and a padding token."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    ids = sorted(token for token in known if token is not None)
+    padding = next((token for token in (tokenizer.pad_token_id, *ids) if token is not None), 0)
+    return {"eos_token_id": ids or None, "pad_token_id": padding}
+
+
+def check_positions(model: Any, tokens: int) -> None:
+    """Refuse rows of so many tokens where the model has no position for the last of them.
+
+    Raises:
+        DataError: a model with learnt positions would fail in the middle, on a GPU beyond repair.
+    """
+    from prefixtune.model import PrefixModel
+
+    is_prefixed = isinstance(model, PrefixModel)
+    geometry = Geometry.probe(model.base_model if is_prefixed else model)
+    if geometry.max_positions is None or geometry.positions_extrapolate:
+        return
+    with torch.no_grad():
+        taken = model.prefix.bake().layers[0].key.shape[1] if is_prefixed else 0
+    if taken + tokens > geometry.max_positions:
+        raise DataError(
+            f"{tokens} tokens{f' after a prefix of {taken}' if taken else ''} do not fit into the "
+            f"{geometry.max_positions} positions of {geometry.model_type}",
+            hint="shorten the rows with --max-length, or the answers with --max-new-tokens",
+        )
+
+
+def prompt_row(text: str, template: str, *, origin: str = "prompt") -> Row:
+    """A row that asks `text`: the instruction of the human and chat templates, or a format's only field.
+
+    Raises:
+        ConfigError: the format has several fields before its target, so that one text does not fill it.
+    """
+    target = _target_field(template)
+    if "{" not in template:
+        return Row(values={"instruction": text, target: PLACEHOLDER}, origin=origin)
+    fields = [name for name in _format_fields(template) if name != target]
+    if "instruction" in fields and set(fields) <= {"instruction", "input"}:
+        values = {"instruction": text, "input": ""}
+    elif len(fields) == 1:
+        values = {fields[0]: text}
+    else:
+        raise ConfigError(
+            f"the template has the fields {', '.join(fields) or 'none'} before its target, but one text came",
+            hint="give the rows as a file with these columns: --data",
+        )
+    return Row(values={**values, target: PLACEHOLDER}, origin=origin)
+
+
+def without_target(rows: Sequence[Row], template: str) -> list[Row]:
+    """The rows for prompting: where the target is missing or empty, a placeholder that no prompt holds."""
+    target = _target_field(template)
+    filled = []
+    for row in rows:
+        asked = "messages" in row.values or str(row.values.get(target) or "").strip()
+        filled.append(row if asked else Row(values={**row.values, target: PLACEHOLDER}, origin=row.origin))
+    return filled
+
+
+def conversation_ids(turns: Sequence[tuple[str, str]], text: str, tokenizer: Any, template: str) -> list[int]:
+    """Token ids of a conversation up to the answer to `text`.
+
+    Args:
+        turns: what was said before, as (question, answer), neither of them empty.
+        template: where it has no turns (all but chat), rows are written one after another, each as it is in
+            training, with its end token.
+    """
+    config = DataConfig(template=template, max_length=sys.maxsize)
+    if template == "chat":
+        said = [message for turn in [*turns, (text, PLACEHOLDER)] for message in _messages(*turn)]
+        rows = [Row(values={"messages": said}, origin="conversation")]
+        return list(build_prompts(rows, tokenizer, config)[0].input_ids)
+    target = _target_field(template)
+    ids: list[int] = []
+    for question, answer in turns:
+        row = prompt_row(question, template, origin="conversation")
+        row = Row(values={**row.values, target: answer}, origin=row.origin)
+        examples, _ = build_examples([row], tokenizer, config)
+        ids += _without_start(examples[0].input_ids, tokenizer, is_first=not ids)
+    prompt = build_prompts([prompt_row(text, template, origin="conversation")], tokenizer, config)[0]
+    return [*ids, *_without_start(prompt.input_ids, tokenizer, is_first=not ids)]
+
+
+def _messages(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _without_start(ids: Sequence[int], tokenizer: Any, *, is_first: bool) -> Sequence[int]:
+    """A conversation begins once, so only its first row keeps the token that says so."""
+    starts = not is_first and tokenizer.bos_token_id is not None and ids[:1] == (tokenizer.bos_token_id,)
+    return ids[1:] if starts else ids
+
+
+def _target_field(template: str) -> str:
+    fields = _format_fields(template) if "{" in template else ["output"]
+    return fields[-1] if fields else "output"
+
+
+def _format_fields(template: str) -> list[str]:
+    try:
+        return [name.strip() for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"template: {error}, in {template!r}") from None
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_p: float
+) -> None:
+    if max_new_tokens <= 0:
+        raise ConfigError(f"max_new_tokens: expected more than 0; got {max_new_tokens}")
+    if temperature < 0:
+        raise ConfigError(f"temperature: expected 0 or more; got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p: expected a share above 0, up to 1; got {top_p}")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {row} is empty: there is no token to continue")
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> Mapping[str, torch.Tensor]:
+    """input_ids and attention_mask [B, T]: new tokens follow the last one, so the padding goes before."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.long, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.long, device=device),
+    }
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def progress_bar(description: str | None, *, total: int) -> Iterator[Any]:
+    """A bar on stderr, as a function that advances it."""
+    if description is None:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,242 @@
+"""What a base model's KV cache looks like, found by running one token through the model.
+
+Knows shapes, position limits and how to recognise a base model again. Knows no prefix and no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.errors import UnsupportedModelError
+
+__all__ = ["Fingerprint", "Geometry", "LayerGeometry", "quiet_eval", "text_config"]
+
+SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and others spread over the depth
+SKETCH_VALUES = 48  # values sampled from each
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGeometry:
+    """One attention layer's share of the KV cache: keys [kv_heads, T, key_dim], values [kv_heads, T, value_dim].
+
+    `window` is the number of positions that a token sees (itself included) where the layer slides or is chunked.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def numbers_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The KV cache of a base model, layer by layer, and its limit of positions.
+
+    Example:
+        >>> geometry = Geometry.probe(base)                                    # doctest: +SKIP
+        >>> geometry.layers[0].kv_heads, geometry.numbers_per_token            # doctest: +SKIP
+        (3, 11520)
+    """
+
+    model_type: str
+    hidden_size: int
+    layers: tuple[LayerGeometry, ...]
+    max_positions: int | None = None  # beyond this the model has no position embedding; None: no such limit known
+    positions_extrapolate: bool = True  # rotary and alibi models run on beyond max_positions, if badly
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Key and value numbers that one token takes over all layers."""
+        return sum(layer.numbers_per_token for layer in self.layers)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The distinct window sizes, ascending; empty where every layer sees all positions."""
+        return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Geometry:
+        layers = tuple(LayerGeometry(**layer) for layer in values["layers"])
+        return cls(**{**values, "layers": layers})
+
+    @classmethod
+    @torch.no_grad()
+    def probe(cls, base: nn.Module) -> Geometry:
+        """Run one token through `base` (on any device, meta included) and read the shapes from its cache.
+
+        Raises:
+            UnsupportedModelError: a layer keeps its state in something other than a key/value cache.
+        """
+        from transformers import DynamicCache
+
+        config = text_config(base)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{config.model_type} is an encoder-decoder; a prefix is a KV cache of a decoder-only model"
+            )
+        cache = DynamicCache()
+        token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
+        with quiet_eval(base), _static_experts(base):
+            try:
+                base(input_ids=token, past_key_values=cache, use_cache=True)
+            except (IndexError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
+                raise UnsupportedModelError(
+                    f"{type(base).__name__} did not run one token with a plain key/value cache: {error}",
+                    hint="models with state-space, linear-attention or other recurrent layers cannot carry a prefix",
+                ) from error
+        windows = _windows(config)
+        layers = []
+        for index in range(max(len(cache.layers), config.num_hidden_layers)):
+            layer = cache.layers[index] if index < len(cache.layers) else None
+            if layer is None or getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
+                raise UnsupportedModelError(
+                    f"{type(base).__name__}: layer {index} of {config.num_hidden_layers} keeps no key/value cache",
+                    hint="a prefix needs plain attention in every layer; state-space, linear-attention and "
+                    "KV-sharing layers are refused rather than served inexactly",
+                )
+            (_, heads, tokens, key_dim), value_shape = layer.keys.shape, layer.values.shape
+            if tokens != 1 or value_shape[:3] != (1, heads, 1):
+                raise UnsupportedModelError(
+                    f"{type(base).__name__}: layer {index} caches keys {tuple(layer.keys.shape)} and values "
+                    f"{tuple(value_shape)} for one token; expected [1, kv_heads, 1, dim]"
+                )
+            layers.append(
+                LayerGeometry(
+                    kv_heads=heads, key_dim=key_dim, value_dim=value_shape[3], window=windows.get(index)
+                )
+            )
+        limit, extrapolate = _position_limit(config)
+        return cls(
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            layers=tuple(layers),
+            max_positions=limit,
+            positions_extrapolate=extrapolate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
+
+    `values` holds sampled numbers of a few tensors by parameter name. Two loads of one checkpoint in float32,
+    float16 or bfloat16 match; a fine-tuned or re-initialised copy does not.
+    """
+
+    values: dict[str, list[float]]
+
+    @property
+    def digest(self) -> str:
+        """A short name for people; equality is decided by `matches`."""
+        rounded = {name: [f"{value:.2e}" for value in values] for name, values in self.values.items()}
+        return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, base: nn.Module) -> Fingerprint:
+        """Sample `base`; quantised tensors are passed over, the embedding never is."""
+        weights = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() == 2]
+        if not weights or weights[0][1].is_meta:
+            return cls(values={})
+        chosen = {round(i * (len(weights) - 1) / (SKETCH_TENSORS - 1)) for i in range(SKETCH_TENSORS)}
+        values = {}
+        for name, weight in (weights[i] for i in sorted(chosen)):
+            flat = weight.detach().reshape(-1)
+            index = torch.linspace(0, flat.numel() - 1, SKETCH_VALUES, dtype=torch.float64).round().long()
+            values[name] = flat[index.to(flat.device)].float().cpu().tolist()
+        return cls(values=values)
+
+    def matches(self, other: Fingerprint) -> bool:
+        """True where every tensor that both sampled agrees up to bfloat16 rounding."""
+        shared = self.values.keys() & other.values.keys()
+        if not shared:
+            return False
+        for name in shared:
+            mine, theirs = torch.tensor(self.values[name]), torch.tensor(other.values[name])
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=2**-7, atol=1e-7):
+                return False
+        return True
+
+
+def text_config(base: nn.Module) -> Any:
+    """The configuration of the language model inside `base`."""
+    config: Any = base.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def quiet_eval(base: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode it was in before."""
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _static_experts(base: nn.Module) -> Iterator[None]:
+    """On the meta device, choose an experts kernel whose shapes do not depend on the data."""
+    config = text_config(base)
+    name = "_experts_implementation"
+    if _device(base).type != "meta" or not hasattr(config, name):
+        yield
+        return
+    before = getattr(config, name)
+    setattr(config, name, "batched_mm")
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
+
+
+def _device(base: nn.Module) -> torch.device:
+    return next(base.parameters()).device
+
+
+def _windows(config: Any) -> dict[int, int]:
+    from transformers import DynamicCache
+
+    windows = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if getattr(layer, "is_sliding", False):
+            windows[index] = int(layer.sliding_window)
+    for index, kind in enumerate(getattr(config, "attention_layers", None) or ()):  # GPT-Neo's local layers
+        if kind == "local":
+            windows[index] = int(config.window_size)
+    return windows
+
+
+def _position_limit(config: Any) -> tuple[int | None, bool]:
+    rotary = bool(getattr(config, "rope_parameters", None))
+    alibi = bool(getattr(config, "alibi", False)) or config.model_type == "bloom"
+    if alibi:
+        return None, True
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int):
+            return limit, rotary
+    return None, True
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    """The raw bytes of a tensor, for content hashes; bfloat16 included."""
+    flat: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return flat

