@@ -91,7 +91,7 @@ class Geometry:
             )
         cache = DynamicCache()
         token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
-        with quiet_eval(base), _static_experts(base):
+        with quiet_eval(base), _meta_ready(base):
             try:
                 base(input_ids=token, past_key_values=cache, use_cache=True)
             except (IndexError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
@@ -192,19 +192,20 @@ def quiet_eval(base: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _static_experts(base: nn.Module) -> Iterator[None]:
-    """On the meta device, choose an experts kernel whose shapes do not depend on the data."""
+def _meta_ready(base: nn.Module) -> Iterator[None]:
+    """On the meta device, switch off what would read values: experts kernels by data, the padding warning."""
     config = text_config(base)
-    name = "_experts_implementation"
-    if _device(base).type != "meta" or not hasattr(config, name):
-        yield
-        return
-    before = getattr(config, name)
-    setattr(config, name, "batched_mm")
+    switches = {"_experts_implementation": "batched_mm", "pad_token_id": None}
+    before = {name: getattr(config, name) for name in switches if hasattr(config, name)}
+    if _device(base).type != "meta":
+        before = {}
+    for name in before:
+        setattr(config, name, switches[name])
     try:
         yield
     finally:
-        setattr(config, name, before)
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _device(base: nn.Module) -> torch.device:
