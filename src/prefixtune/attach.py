@@ -238,14 +238,17 @@ class _Session:
 class _View(Cache):  # type: ignore[misc]
     """What the decoder sees for one forward pass: the prefixes before the text cache, or before nothing.
 
-    Without a text cache it stores nothing, so a checkpointed layer may run it twice.
+    Without a text cache it stores nothing, so a checkpointed layer may run it twice. Unused slots of a static
+    cache are cut off: not every model masks them.
     """
 
-    def __init__(self, session: _Session, rows: tuple[int, ...], text: Any, pads: Tensor | None) -> None:
+    def __init__(
+        self, session: _Session, rows: tuple[int, ...], text: Any, *, past: int, pads: Tensor | None
+    ) -> None:
         self.layers = text.layers if text is not None else []
         self.layer_class_to_replicate = None
         self.offloading = False
-        self.session, self.rows, self.text, self.pads = session, rows, text, pads
+        self.session, self.rows, self.text, self.past, self.pads = session, rows, text, past, pads
         self.length = max(session.lengths[row] for row in rows if row >= 0)
         self.hits: set[int] = set()
 
@@ -256,28 +259,31 @@ class _View(Cache):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         return False
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.length + (self.text.get_seq_length(layer_idx) if self.text is not None else 0)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length + self.past
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.get_seq_length(layer_idx)
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length + self.past
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        longest = self.text.get_max_length(layer_idx) if self.text is not None else -1
-        return longest if longest < 0 else longest + self.length
+        return -1
+
+    def _dropped(self, queries: int, layer_idx: int) -> int:
+        """Text columns that a sliding cache has let go."""
+        return int(self.text.get_mask_sizes(queries, layer_idx)[1]) if self.text is not None else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        if self.text is None:
-            return self.length + query_length, 0
-        size, dropped = self.text.get_mask_sizes(query_length, layer_idx)
-        return (size, self.length + dropped) if dropped > 0 else (self.length + size, 0)
+        dropped = self._dropped(query_length, layer_idx)
+        start = self.length + dropped if dropped else 0
+        return self.length + self.past + query_length - start, start
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.hits.add(layer_idx)
-        dropped = 0  # text columns that a sliding cache has let go
+        queries, dropped = key.shape[2], self._dropped(key.shape[2], layer_idx)
         if self.text is not None:
-            dropped = int(self.text.get_mask_sizes(key.shape[2], layer_idx)[1])
             key, value = type(self.text).update(self.text, key, value, layer_idx, *args, **kwargs)
+            used = self.past + queries - dropped
+            key, value = key[:, :, :used], value[:, :, :used]
         prefix = self.session.block(layer_idx, self.rows, key)
         return self._join(prefix[0], key, dropped), self._join(prefix[1], value, dropped)
 
@@ -318,12 +324,12 @@ def _forward(
     mask = _check_mask(call, batch, past + queries)
     pads = _left_pads(mask)
     _refuse_packed(call, mask, past)
-    view = _View(session, rows, text, pads)
+    view = _View(session, rows, text, past=past, pads=pads)
     lengths = torch.tensor([session.lengths[row] if row >= 0 else 0 for row in rows], device=device)
     _check_positions(session, view.length, past + queries, lengths, pads)
 
     call["past_key_values"], call["use_cache"] = view, text is not None
-    call["attention_mask"] = _inner_mask(session, view, mask, lengths, past, queries)
+    call["attention_mask"] = _inner_mask(session, view, mask, lengths, past + queries)
     if "position_ids" in signature.parameters:
         call["position_ids"] = _inner_positions(call.get("position_ids"), lengths, pads, past, queries)
     if call.get("cache_position") is not None:
@@ -402,7 +408,9 @@ def _check_mask(call: dict[str, Any], batch: int, total: int) -> Tensor | None:
             f"attention_mask: expected {batch} rows over the {total} tokens of the text (cached and new, without "
             f"the prefix); got {list(mask.shape)}"
         )
-    return mask
+    if bool((mask[..., total:] > 0).any()) or (mask.dtype == torch.bool and bool(mask[..., total:].any())):
+        raise AttachError(f"attention_mask: lets tokens see columns beyond the {total} of the text")
+    return mask[..., :total]  # the rest stands for unused slots of a static cache
 
 
 def _left_pads(mask: Tensor | None) -> Tensor | None:
@@ -443,23 +451,14 @@ def _check_positions(session: _Session, longest: int, total: int, lengths: Tenso
 
 
 def _inner_mask(
-    session: _Session, view: _View, mask: Tensor | None, lengths: Tensor, past: int, queries: int
+    session: _Session, view: _View, mask: Tensor | None, lengths: Tensor, total: int
 ) -> Tensor | None:
     """The mask over [prefix; text] in the columns of the row layout; 0 or False = not seen."""
-    total, longest = past + queries, view.length
-    columns = total  # of text: a static cache has more of them than tokens
-    for layer in range(len(session.geometry.layers)):
-        size, start = view.get_mask_sizes(queries, layer)
-        columns = max(columns, size + int(start) - longest)
+    longest = view.length
     if mask is None:
         if bool((lengths == longest).all()):
             return None
         mask = lengths.new_ones(len(lengths), total)
-    if mask.shape[-1] > columns:
-        raise AttachError(
-            f"attention_mask: expected the {total} tokens of the text; got {mask.shape[-1]} columns",
-            hint="masks cover cached and new text; the prefix is added here",
-        )
     before = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]  # [B, P]
     if mask.dim() == 4:
         if text_config(session.base).model_type == "bloom" or getattr(text_config(session.base), "alibi", False):
@@ -469,8 +468,8 @@ def _inner_mask(
         mask = mask.expand(len(lengths), -1, -1, -1)
         shape = (*mask.shape[:3], longest)
         front = torch.where(before[:, None, None, :], seen, hidden).to(mask.dtype).expand(shape)
-        return torch.nn.functional.pad(torch.cat([front, mask], dim=3), (0, columns - mask.shape[3]), value=hidden)
-    inner = torch.nn.functional.pad(mask, (longest, columns - mask.shape[1]))
+        return torch.cat([front, mask], dim=3)
+    inner = torch.nn.functional.pad(mask, (longest, 0))
     pads = view.pads if view.pads is not None else torch.zeros_like(lengths)
     place = torch.arange(inner.shape[1], device=mask.device)[None]
     end = longest + pads[:, None]
