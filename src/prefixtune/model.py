@@ -1,0 +1,271 @@
+"""`PrefixModel`: a frozen base model and its trainable prefix as one module that Trainer and generate accept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.attach import attach_pairs, supported
+from prefixtune.config import PrefixConfig
+from prefixtune.errors import AttachError, ConfigError, StorageError
+from prefixtune.geometry import Fingerprint, Geometry, text_config
+from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise
+from prefixtune.storage import check_base, load_prefix, save_prefix
+
+__all__ = ["PrefixModel"]
+
+
+class PrefixModel(nn.Module):
+    """A base model with a prefix before every row. Only the prefix trains, and only it is in the state_dict.
+
+    Args:
+        base: a causal language model of transformers; its parameters are frozen here.
+        prefix: a PrefixConfig for a new prefix, or a PrefixKV to go on from.
+        tokenizer: for `init="text"`; by default the one that belongs to the base's name.
+
+    Raises:
+        UnsupportedModelError: the base cannot carry a prefix exactly.
+
+    Example:
+        >>> model = PrefixModel(base, PrefixConfig(length=10))                 # doctest: +SKIP
+        >>> model(input_ids=ids, labels=ids).loss.backward()                   # doctest: +SKIP
+        >>> model.save_pretrained("my-prefix")                                 # doctest: +SKIP
+    """
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # the base weighs the loss by num_items_in_batch, so Trainer must not scale it again
+
+    def __init__(self, base: nn.Module, prefix: PrefixConfig | PrefixKV, *, tokenizer: Any | None = None) -> None:
+        super().__init__()
+        geometry = supported(base)
+        if isinstance(prefix, PrefixKV):
+            config, start = PrefixConfig(length=prefix.length), prefix
+        elif isinstance(prefix, PrefixConfig):
+            config, start = prefix, _start(base, geometry, prefix, tokenizer)
+        else:
+            raise ConfigError(f"prefix: expected a PrefixConfig or a PrefixKV; got {type(prefix).__name__}")
+        device = next(base.parameters()).device
+        self._put_together(base, Prefix(config, geometry, start.to(device)), geometry)
+
+    def _put_together(self, base: nn.Module, prefix: Prefix, geometry: Geometry) -> None:
+        base.requires_grad_(False)
+        self.base_model = base
+        self.prefix = prefix
+        self.geometry = geometry
+        self.record: dict[str, Any] = {}  # what prefix.json tells beyond the tensors: template, training, …
+        self._name = f"model-{uuid4().hex}"
+        self.register_state_dict_post_hook(_keep_prefix_only)
+        self.register_load_state_dict_post_hook(_base_is_not_missing)
+
+    # --- forward and generate
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base's forward with the prefix before every row; ids, masks, positions and caches are the text's.
+
+        Args:
+            input_ids: [B, T] token ids (or inputs_embeds=[B, T, hidden]).
+            labels: [B, T] target tokens, -100 elsewhere.
+
+        Returns:
+            The base's ModelOutput: loss, logits [B, T, vocabulary], past_key_values (of the text), …
+        """
+        if kwargs.get("labels") is not None and self.training:
+            kwargs.setdefault("use_cache", False)
+        with self._attached(self.prefix()):
+            return self.base_model(input_ids=input_ids, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's generate, in every mode that the base has; the prefix is baked once per call."""
+        with torch.no_grad():
+            pairs = self.prefix()
+        with self._attached(pairs):
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _attached(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        with attach_pairs(self.base_model, pairs, name=self._name):
+            yield
+
+    # --- the habits of a PreTrainedModel
+
+    @property
+    def config(self) -> Any:
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return getattr(self.base_model, "generation_config", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.prefix.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's precision; the prefix is fp32."""
+        return next(self.base_model.parameters()).dtype
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(getattr(self.base_model, "is_gradient_checkpointing", False))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass; not re-entrant, which would lose the prefix's gradient."""
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
+            raise AttachError("re-entrant checkpointing gives a prefix no gradient", hint="use_reentrant=False")
+        options["use_reentrant"] = False
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base_model.get_input_embeddings()  # type: ignore[operator]
+        return module
+
+    def get_output_embeddings(self) -> nn.Module:
+        module: nn.Module = self.base_model.get_output_embeddings()  # type: ignore[operator]
+        return module
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: the prefix itself carries the gradient."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable numbers, all numbers), base included."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trainable, sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in PEFT's form."""
+        trainable, everything = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,} || all params: {everything:,} || "
+            f"trainable%: {100 * trainable / everything:.4f}"
+        )
+
+    # --- disk and hub
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write the prefix folder: the baked KV, and the projection's weights so that training can go on."""
+        prefix = self.prefix
+        save_prefix(
+            save_directory,
+            prefix.bake(),
+            config=prefix.config,
+            geometry=self.geometry,
+            fingerprint=Fingerprint.of(self.base_model),
+            base_name=self.base_name,
+            trainable=prefix.state_dict() if prefix.config.projection else None,
+            extra=self.record,
+        )
+
+    @property
+    def base_name(self) -> str:
+        """The hub name or path that the base was loaded from; its class where it has none."""
+        return str(getattr(self.config, "_name_or_path", "") or type(self.base_model).__name__)
+
+    @classmethod
+    def from_pretrained(cls, base: nn.Module, folder: str | Path, is_trainable: bool = False) -> PrefixModel:
+        """A saved prefix on its base model: from a folder, or from the hub by name.
+
+        Args:
+            is_trainable: go on training; the projection is restored where the folder has it.
+
+        Raises:
+            StorageError: the folder is damaged, or belongs to another base model.
+        """
+        stored = load_prefix(_fetch(folder))
+        geometry = supported(base)
+        name = str(getattr(text_config(base), "_name_or_path", "") or type(base).__name__)
+        check_base(stored, geometry=geometry, fingerprint=Fingerprint.of(base), name=name)
+        prefix = Prefix(stored.config, geometry, stored.kv)
+        if stored.trainable is not None:
+            _restore(prefix, stored.trainable, folder)
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._put_together(base, prefix.to(next(base.parameters()).device), geometry)
+        model.record = {key: stored.info[key] for key in ("template", "training", "quantization")}
+        model.prefix.requires_grad_(is_trainable)
+        return model.train(is_trainable)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the prefix folder; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "prefix")
+            api.upload_folder(repo_id=address.repo_id, folder_path=Path(folder) / "prefix")
+        return str(address)
+
+
+def _start(base: nn.Module, geometry: Geometry, config: PrefixConfig, tokenizer: Any | None) -> PrefixKV:
+    """The KV that the prefix begins as. A text shorter than P is repeated, a longer one cut to its first P tokens."""
+    if config.init == "random":
+        return measured_noise(base, geometry, config.length)
+    if config.init == "tokens":
+        ids = list(config.init_tokens or ())
+    else:
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(base)
+        ids = tokenizer(config.init_text)["input_ids"]
+    vocabulary = text_config(base).vocab_size
+    if any(not 0 <= token < vocabulary for token in ids):
+        raise ConfigError(f"the start has token ids outside the model's vocabulary of {vocabulary}")
+    return PrefixKV.from_tokens(base, torch.tensor([fit_length(ids, config.length)]))
+
+
+def _tokenizer_of(base: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(base.config, "_name_or_path", "")
+    try:
+        if name:
+            return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        pass
+    raise ConfigError(
+        f"init=text needs a tokenizer, and none was found for {name or type(base).__name__!r}",
+        hint="give PrefixModel(..., tokenizer=...), or init='tokens' with init_tokens",
+    )
+
+
+def _restore(prefix: Prefix, state: Mapping[str, Tensor], folder: str | Path) -> None:
+    try:
+        prefix.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise StorageError(f"{folder}: the projection's weights do not fit ({error})") from None
+
+
+def _fetch(folder: str | Path) -> Path:
+    """A local folder as it is; else a hub name, downloaded."""
+    path = Path(folder)
+    if path.exists() or str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["prefix.*", "trainable.safetensors"]))
+    except Exception as error:  # the hub client raises dozens of kinds, from httpx's to its own
+        raise StorageError(
+            f"{folder}: no such folder, and the hub did not give it ({type(error).__name__}: {error})",
+            hint="check the path or the name, and the connection",
+        ) from None
+
+
+def _keep_prefix_only(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}base_model.")]:
+        del state[name]
+
+
+def _base_is_not_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if "base_model." not in name]

@@ -1,0 +1,253 @@
+"""The prefix folder: written whole or not at all, and checked on the way back.
+
+    prefix.safetensors      layers.{i}.key, layers.{i}.value: [kv_heads, P, head_dim]
+    prefix.json             schema, base, geometry, parameterisation, template, training record, sha256
+    trainable.safetensors   the projection's weights, where there is one, so that training can go on
+    README.md               the model card
+
+Knows no model; never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefixtune.config import PrefixConfig
+from prefixtune.errors import PrefixTuneError, StorageError
+from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.prefix import LayerKV, PrefixKV
+
+__all__ = ["SCHEMA", "StoredPrefix", "check_base", "load_prefix", "read_info", "save_prefix", "write_folder"]
+
+SCHEMA = 1
+TENSORS, TRAINABLE, INFO, CARD = "prefix.safetensors", "trainable.safetensors", "prefix.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPrefix:
+    """What a prefix folder holds. `trainable` is the projection's state, None for a direct prefix."""
+
+    kv: PrefixKV
+    config: PrefixConfig
+    geometry: Geometry
+    fingerprint: Fingerprint
+    info: dict[str, Any]
+    trainable: dict[str, Tensor] | None
+
+
+def save_prefix(
+    folder: str | Path,
+    kv: PrefixKV,
+    *,
+    config: PrefixConfig,
+    geometry: Geometry,
+    fingerprint: Fingerprint,
+    base_name: str,
+    trainable: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a prefix folder, replacing one that is there; on any failure the old one stays.
+
+    Args:
+        kv: the baked prefix, [kv_heads, P, head_dim] per layer.
+        trainable: the projection's state, so that training can go on exactly.
+        extra: entries of prefix.json: template, training record, quantisation of the base.
+    """
+    target = Path(folder)
+    tensors = {}
+    for index, layer in enumerate(kv.layers):
+        tensors[f"layers.{index}.key"] = layer.key.detach().cpu().contiguous()
+        tensors[f"layers.{index}.value"] = layer.value.detach().cpu().contiguous()
+    with write_folder(target) as draft:
+        save_file(tensors, draft / TENSORS, metadata={"format": "pt"})
+        digests = {TENSORS: _sha256(draft / TENSORS)}
+        if trainable is not None:
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable.items()}
+            save_file(plain, draft / TRAINABLE, metadata={"format": "pt"})
+            digests[TRAINABLE] = _sha256(draft / TRAINABLE)
+        info = {
+            "schema": SCHEMA,
+            "base_name": base_name,
+            "length": kv.length,
+            "positions": [0, kv.length - 1],
+            "parameterisation": "projection" if config.projection else "direct",
+            "quantization": None,
+            "template": None,
+            "training": None,
+            **(extra or {}),
+            "digest": kv.digest,
+            "sha256": digests,
+            "config": config.to_dict(),
+            "geometry": geometry.to_dict(),
+            "fingerprint": fingerprint.values,
+        }
+        (draft / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / CARD).write_text(_card(info), encoding="utf-8")
+    return target
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """prefix.json of a folder, checked for its schema.
+
+    Raises:
+        StorageError: there is no prefix folder, or it is broken or of another schema.
+    """
+    path = Path(folder) / INFO
+    if not path.is_file():
+        raise StorageError(f"{folder}: no prefix folder (there is no {INFO})", hint="give the --output of a training")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path}: not valid JSON ({error})", hint="the folder is damaged; restore or retrain") from None
+    if not isinstance(info, dict) or info.get("schema") != SCHEMA:
+        found = info.get("schema") if isinstance(info, dict) else type(info).__name__
+        raise StorageError(f"{path}: expected schema {SCHEMA}; got {found}", hint="update prefixtune")
+    return info
+
+
+def load_prefix(folder: str | Path) -> StoredPrefix:
+    """Read a prefix folder; schema, checksums and shapes are checked before anything is believed.
+
+    Raises:
+        StorageError: the folder is incomplete, damaged or of another schema.
+    """
+    folder = Path(folder)
+    info = read_info(folder)
+    try:
+        config = PrefixConfig.from_dict(info["config"])
+        geometry = Geometry.from_dict(info["geometry"])
+        fingerprint = Fingerprint(values=info["fingerprint"])
+        digests = dict(info["sha256"])
+        tensors = _read_tensors(folder / TENSORS, digests[TENSORS])
+        trainable = _read_tensors(folder / TRAINABLE, digests[TRAINABLE]) if TRAINABLE in digests else None
+        kv = PrefixKV(
+            tuple(
+                LayerKV(tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"]) for i in range(len(geometry.layers))
+            )
+        )
+        kv.check(geometry)
+    except StorageError:
+        raise
+    except (KeyError, TypeError, AttributeError, PrefixTuneError) as error:
+        raise StorageError(
+            f"{folder}: {INFO} and the tensors do not fit together ({type(error).__name__}: {error})",
+            hint="the folder is damaged; restore or retrain it",
+        ) from None
+    return StoredPrefix(
+        kv=kv, config=config, geometry=geometry, fingerprint=fingerprint, info=info, trainable=trainable
+    )
+
+
+def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerprint, name: str) -> None:
+    """Refuse a base model that the prefix was not trained on.
+
+    Raises:
+        StorageError: the cache's shapes or the weights are another model's.
+    """
+    trained_on = stored.info.get("base_name")
+    if stored.geometry.layers != geometry.layers:
+        raise StorageError(
+            f"the prefix was trained on {trained_on} with another KV cache than {name} has "
+            f"({len(stored.geometry.layers)} layers of {stored.geometry.layers[0]}; the model has "
+            f"{len(geometry.layers)} of {geometry.layers[0]})",
+            hint=f"load it on {trained_on}",
+        )
+    if not stored.fingerprint.matches(fingerprint):
+        raise StorageError(
+            f"the prefix was trained on {trained_on}; {name} has the same shapes but other weights",
+            hint=f"load it on {trained_on}; a prefix is exact on the weights that it was trained with only",
+        )
+
+
+@contextmanager
+def write_folder(target: Path) -> Iterator[Path]:
+    """A draft folder that takes the place of `target` when the block ends well: synced to disk, then renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        for file in draft.iterdir():
+            _sync(file)
+        _sync(draft)
+        draft.chmod(0o755)
+        _exchange(draft, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _exchange(draft: Path, target: Path) -> None:
+    """Move the draft's files over the target's; other files of the target stay."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    target.mkdir(exist_ok=True)
+    stale = target / TRAINABLE
+    if stale.exists() and not (draft / TRAINABLE).exists():
+        stale.unlink()
+    for file in sorted(draft.iterdir(), key=lambda path: path.name == INFO):  # the checksums last
+        os.replace(file, target / file.name)
+    _sync(target)
+
+
+def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StorageError(f"{path}: missing", hint="the folder is incomplete; restore or retrain it")
+    found = _sha256(path)
+    if found != expected:
+        raise StorageError(
+            f"{path}: the checksum is {found[:12]}…, expected {expected[:12]}…",
+            hint="the file is damaged or was replaced; restore or retrain it",
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise StorageError(f"{path}: not a safetensors file ({error})") from None
+    return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _card(info: Mapping[str, Any]) -> str:
+    training = info.get("training") or {}
+    record = "\n".join(f"| {name} | {value} |" for name, value in training.items() if not isinstance(value, dict))
+    table = f"\n## Training\n\n| | |\n|---|---|\n{record}\n" if record else ""
+    return f"""---
+library_name: prefixtune
+base_model: {info["base_name"]}
+tags: [prefix-tuning]
+---
+
+# A prefix of {info["length"]} virtual tokens for {info["base_name"]}
+
+A trained KV cache (Li & Liang 2021), parameterisation: {info["parameterisation"]}. The base model is unchanged.
+
+```python
+from prefixtune import PrefixModel
+model = PrefixModel.from_pretrained(base, "this folder")
+```
+{table}"""
