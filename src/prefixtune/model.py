@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -185,8 +186,11 @@ class PrefixModel(nn.Module):
         geometry = supported(base)
         name = str(getattr(text_config(base), "_name_or_path", "") or type(base).__name__)
         check_base(stored, geometry=geometry, fingerprint=Fingerprint.of(base), name=name)
-        prefix = Prefix(stored.config, geometry, stored.kv)
-        if stored.trainable is not None:
+        config = stored.config
+        if not is_trainable and config.projection:  # to serve, the baked tensors are enough, and exact to the bit
+            config = replace(config, projection=False, hidden_size=None)
+        prefix = Prefix(config, geometry, stored.kv)
+        if is_trainable and stored.trainable is not None:
             _restore(prefix, stored.trainable, folder)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
