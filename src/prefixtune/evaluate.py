@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from prefixtune.config import DataConfig
 from prefixtune.data import Collator, Example, Prompt, Row, build_examples, build_prompts
 from prefixtune.errors import DataError
-from prefixtune.generate import check_positions, ending, generate_batch, progress_bar
+from prefixtune.generate import check_positions, ending, generate_batch
 from prefixtune.geometry import quiet_eval
+from prefixtune.progress import progress_bar
 
 __all__ = ["Evaluation", "evaluate", "target_loss"]
 

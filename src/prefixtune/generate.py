@@ -18,13 +18,13 @@ from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.geometry import Geometry, quiet_eval
+from prefixtune.progress import progress_bar
 
 __all__ = [
     "check_positions",
     "conversation_ids",
     "ending",
     "generate_batch",
-    "progress_bar",
     "prompt_row",
     "sampling",
     "without_target",
@@ -233,17 +233,3 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def progress_bar(description: str | None, *, total: int) -> Iterator[Any]:
-    """A bar on stderr, as a function that advances it."""
-    if description is None:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -27,10 +27,11 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
 from prefixtune.errors import ConfigError, DataError, RunError
 from prefixtune.evaluate import target_loss
-from prefixtune.generate import ending, note, progress_bar
+from prefixtune.generate import ending
 from prefixtune.geometry import quiet_eval
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.model import PrefixModel
+from prefixtune.progress import note, progress_bar
 
 __all__ = ["LEARNING_RATES", "PrefixTrainer", "TrainResult", "train"]
 
