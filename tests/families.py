@@ -47,9 +47,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: hf.MistralConfig(**COMMON, sliding_window=None),
     "mistral-sliding": lambda: hf.MistralConfig(**COMMON, sliding_window=6),
     "mixtral": lambda: hf.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
-    "gpt-neox": lambda: hf.GPTNeoXConfig(
-        **{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}
-    ),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
     "opt": lambda: hf.OPTConfig(
         vocab_size=VOCAB,
         hidden_size=32,

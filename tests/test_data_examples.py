@@ -266,14 +266,15 @@ def test_summary_does_not_mention_losses_that_were_none() -> None:
     assert not any(word.isupper() for word in summary.split())
 
 
-@pytest.mark.parametrize("output", ["", None, " \n"])
-@pytest.mark.parametrize("template", ["human", "chat", QA])
-def test_an_empty_target_is_refused_or_dropped_and_counted(output: str | None, template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "output"), [("human", None), (QA, None), ("chat", None), ("chat", ""), ("chat", " \n")]
+)
+def test_a_missing_target_is_refused_or_dropped_and_counted(template: str, output: str | None) -> None:
     tokenizer = byte_tokenizer(chat_template=CHATML)
     values = rows(ALPACA[0], {**ALPACA[0], "output": output})
-    with pytest.raises(DataError, match=r"train.jsonl:2: 'output' is empty"):
+    with pytest.raises(DataError, match=r"train.jsonl:2: 'output' is (null|empty), so the row has no target"):
         build_examples(values, tokenizer, DataConfig(template=template))
-    with pytest.raises(DataError, match=r"train.jsonl:2: 'output' is empty"):
+    with pytest.raises(DataError, match=r"train.jsonl:2: 'output' is (null|empty), so the row has no target"):
         build_prompts(values, tokenizer, DataConfig(template=template))
     config = DataConfig(template=template, on_no_target="drop")
     examples, report = build_examples(values, tokenizer, config)
@@ -281,6 +282,17 @@ def test_an_empty_target_is_refused_or_dropped_and_counted(output: str | None, t
     assert (report.rows, report.examples, report.dropped) == (2, 1, 1)
     assert "DROPPED 1 row without a target" in report.summary()
     assert [prompt.origin for prompt in build_prompts(values, tokenizer, config)] == ["train.jsonl:1"]
+
+
+@pytest.mark.parametrize("template", ["human", QA])
+def test_the_target_of_an_empty_answer_is_the_end_token_and_it_is_counted(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    examples, report = build_examples(
+        rows(ALPACA[0], {**ALPACA[0], "output": ""}), tokenizer, DataConfig(template=template)
+    )
+    assert [label for label in examples[1].labels if label != -100] == [tokenizer.eos_token_id]
+    assert report.empty == 1
+    assert "1 answer EMPTY" in report.summary()
 
 
 def test_a_target_that_is_cut_away_is_refused_or_dropped_and_counted() -> None:
@@ -307,7 +319,7 @@ def test_a_label_on_the_first_token_alone_is_no_target() -> None:
 def test_rows_that_all_lack_a_target_are_an_error_even_when_dropped() -> None:
     with pytest.raises(DataError, match="no row has a target: 2 rows read, 2 dropped"):
         build_examples(
-            rows({**ALPACA[0], "output": ""}, {**ALPACA[1], "output": ""}),
+            rows({**ALPACA[0], "output": None}, {**ALPACA[1], "output": None}),
             byte_tokenizer(),
             DataConfig(on_no_target="drop"),
         )

@@ -1,6 +1,6 @@
 """Prefix-tuning as a trained KV cache.
 
-    from prefixtune import PrefixConfig, PrefixModel, PrefixKV, attach
+from prefixtune import PrefixConfig, PrefixModel, PrefixKV, attach
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The knobs, one place each: frozen keyword-only dataclasses, checked at birth.
 
-The command line, the docs table and the JSON files are generated from these fields. Knows no torch and no disk.
+The command line, the docs table and the JSON files are generated from these fields. Knows no torch, no disk.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class _Config:
         known = [knob.name for knob in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ConfigError(f"unknown option {', '.join(unknown)}", hint=f"the options are {', '.join(known)}")
+            raise ConfigError(
+                f"unknown option {', '.join(unknown)}", hint=f"the options are {', '.join(known)}"
+            )
         return cls(**values)
 
     @classmethod
@@ -107,12 +109,16 @@ class PrefixConfig(_Config):
         choices=("random", "text", "tokens"),
     )
     init_text: str | None = option(None, "the text whose KV the prefix starts from (init=text)")
-    init_tokens: tuple[int, ...] | None = option(None, "the token ids whose KV the prefix starts from (init=tokens)")
+    init_tokens: tuple[int, ...] | None = option(
+        None, "the token ids whose KV the prefix starts from (init=tokens)"
+    )
 
     def check(self) -> None:
         _positive(self, "length", "hidden_size")
         if self.hidden_size is not None and not self.projection:
-            raise ConfigError("hidden_size: only the projection has a hidden layer", hint="add projection=True")
+            raise ConfigError(
+                "hidden_size: only the projection has a hidden layer", hint="add projection=True"
+            )
         if self.init == "text" and not self.init_text:
             raise ConfigError("init=text needs init_text", hint='for example init_text="Summarise the mail:"')
         if self.init_text is not None and self.init != "text":
@@ -132,11 +138,15 @@ class DataConfig(_Config):
         "human (the tutorial's), chat (the tokenizer's chat template), or a format such as "
         "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break)",
     )
-    fields: str | None = option(None, "map the template's fields to the file's columns, e.g. input=mr,output=ref")
-    max_length: int = option(256, "longest row in tokens; what is cut is counted and shown")
+    fields: str | None = option(
+        None, "map the template's fields to the file's columns, e.g. input=mr,output=ref"
+    )
+    max_length: int = option(512, "longest row in tokens; what is cut is counted and shown")
     split: str = option("train", "which split of a hub data set or DatasetDict to read")
     on_no_target: str = option(
-        "error", "a row without target tokens stops the run, or is dropped and counted", choices=("error", "drop")
+        "error",
+        "a row without target tokens stops the run, or is dropped and counted",
+        choices=("error", "drop"),
     )
     limit: int | None = option(None, "read no more than this many rows")
 
@@ -153,7 +163,9 @@ class TrainConfig(_Config):
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
     per_device_train_batch_size: int = option(8, "rows per forward pass")
     per_device_eval_batch_size: int = option(8, "rows per forward pass in evaluation")
-    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step, weighted by target tokens")
+    gradient_accumulation_steps: int = option(
+        1, "forward passes per optimizer step, weighted by target tokens"
+    )
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
     lr_scheduler_type: str = option(
         "linear",
@@ -168,9 +180,13 @@ class TrainConfig(_Config):
     save_total_limit: int = option(2, "keep this many checkpoints, and the best one")
     seed: int = option(42, "seed of the initialisation, the data order and dropout")
     dtype: str = option(
-        "auto", "precision of the frozen base; the prefix is always fp32", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "precision of the frozen base; the prefix is always fp32",
+        choices=("auto", "float32", "bfloat16"),
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
     report_to: str = option("tensorboard", "where to log: tensorboard, wandb, … or none; several with commas")
 
     def check(self) -> None:

@@ -25,9 +25,9 @@ SKETCH_VALUES = 48  # values sampled from each
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGeometry:
-    """One attention layer's share of the KV cache: keys [kv_heads, T, key_dim], values [kv_heads, T, value_dim].
+    """One attention layer's share of the KV cache: keys [kv_heads, T, key_dim], values the same by value_dim.
 
-    `window` is the number of positions that a token sees (itself included) where the layer slides or is chunked.
+    `window`: how many positions a token sees, itself included, where the layer slides or is chunked.
     """
 
     kv_heads: int
@@ -53,7 +53,9 @@ class Geometry:
     model_type: str
     hidden_size: int
     layers: tuple[LayerGeometry, ...]
-    max_positions: int | None = None  # beyond this the model has no position embedding; None: no such limit known
+    max_positions: int | None = (
+        None  # beyond this the model has no position embedding; None: no such limit known
+    )
     positions_extrapolate: bool = True  # rotary and alibi models run on beyond max_positions, if badly
 
     @property
@@ -97,7 +99,7 @@ class Geometry:
             except (IndexError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
                 raise UnsupportedModelError(
                     f"{type(base).__name__} did not run one token with a plain key/value cache: {error}",
-                    hint="models with state-space, linear-attention or other recurrent layers cannot carry a prefix",
+                    hint="models with state-space, linear-attention or other recurrent layers have no prefix",
                 ) from error
         windows = _windows(config)
         layers = []
@@ -105,7 +107,7 @@ class Geometry:
             layer = cache.layers[index] if index < len(cache.layers) else None
             if layer is None or getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
                 raise UnsupportedModelError(
-                    f"{type(base).__name__}: layer {index} of {config.num_hidden_layers} keeps no key/value cache",
+                    f"{type(base).__name__}: layer {index} of {config.num_hidden_layers} has no KV cache",
                     hint="a prefix needs plain attention in every layer; state-space, linear-attention and "
                     "KV-sharing layers are refused rather than served inexactly",
                 )

@@ -1,4 +1,4 @@
-"""`PrefixModel`: a frozen base model and its trainable prefix as one module that Trainer and generate accept."""
+"""`PrefixModel`: a frozen base and its trainable prefix as one module that Trainer and generate accept."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ class PrefixModel(nn.Module):
     """
 
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # the base weighs the loss by num_items_in_batch, so Trainer must not scale it again
+    accepts_loss_kwargs = (
+        True  # the base weighs the loss by num_items_in_batch, so Trainer must not scale it again
+    )
 
-    def __init__(self, base: nn.Module, prefix: PrefixConfig | PrefixKV, *, tokenizer: Any | None = None) -> None:
+    def __init__(
+        self, base: nn.Module, prefix: PrefixConfig | PrefixKV, *, tokenizer: Any | None = None
+    ) -> None:
         super().__init__()
         geometry = supported(base)
         if isinstance(prefix, PrefixKV):
@@ -67,7 +71,7 @@ class PrefixModel(nn.Module):
     # --- forward and generate
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base's forward with the prefix before every row; ids, masks, positions and caches are the text's.
+        """The base's forward with the prefix before every row; ids, masks, positions, caches are the text's.
 
         Args:
             input_ids: [B, T] token ids (or inputs_embeds=[B, T, hidden]).
@@ -116,11 +120,15 @@ class PrefixModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return bool(getattr(self.base_model, "is_gradient_checkpointing", False))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute activations in the backward pass; not re-entrant, which would lose the prefix's gradient."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute activations in the backward pass; not re-entrant, which loses the prefix's gradient."""
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant"):
-            raise AttachError("re-entrant checkpointing gives a prefix no gradient", hint="use_reentrant=False")
+            raise AttachError(
+                "re-entrant checkpointing gives a prefix no gradient", hint="use_reentrant=False"
+            )
         options["use_reentrant"] = False
         self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
 
@@ -187,7 +195,9 @@ class PrefixModel(nn.Module):
         name = str(getattr(text_config(base), "_name_or_path", "") or type(base).__name__)
         check_base(stored, geometry=geometry, fingerprint=Fingerprint.of(base), name=name)
         config = stored.config
-        if not is_trainable and config.projection:  # to serve, the baked tensors are enough, and exact to the bit
+        if (
+            not is_trainable and config.projection
+        ):  # to serve, the baked tensors are enough, and exact to the bit
             config = replace(config, projection=False, hidden_size=None)
         prefix = Prefix(config, geometry, stored.kv)
         if is_trainable and stored.trainable is not None:
@@ -214,7 +224,7 @@ class PrefixModel(nn.Module):
 
 
 def _start(base: nn.Module, geometry: Geometry, config: PrefixConfig, tokenizer: Any | None) -> PrefixKV:
-    """The KV that the prefix begins as. A text shorter than P is repeated, a longer one cut to its first P tokens."""
+    """The KV that the prefix begins as: of the text's first P tokens; a shorter text is repeated."""
     if config.init == "random":
         return measured_noise(base, geometry, config.length)
     if config.init == "tokens":

@@ -53,7 +53,9 @@ class PrefixKV:
                     f"and {tuple(layer.value.shape)}"
                 )
             if layer.key.shape[1] != self.length:
-                raise ConfigError(f"layer {index} holds {layer.key.shape[1]} virtual tokens, layer 0 {self.length}")
+                raise ConfigError(
+                    f"layer {index} holds {layer.key.shape[1]} virtual tokens, layer 0 {self.length}"
+                )
 
     @property
     def length(self) -> int:
@@ -91,7 +93,7 @@ class PrefixKV:
             found = (layer.key.shape[0], layer.key.shape[2], layer.value.shape[2])
             if expected != found:
                 raise UnsupportedModelError(
-                    f"layer {index} of the prefix has (kv_heads, key_dim, value_dim) {found}, the model's {expected}",
+                    f"layer {index} of the prefix has (kv_heads, key_dim, value_dim) {found}, not {expected}",
                     hint="it was made for another base model",
                 )
 
@@ -109,10 +111,14 @@ class PrefixKV:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise ConfigError(f"input_ids: expected [1, P] with P > 0; got {list(input_ids.shape)}")
         if getattr(base, "prefixtune_attached", False):
-            raise ConfigError("from_tokens: a prefix is attached to this model", hint="leave attach(...) first")
+            raise ConfigError(
+                "from_tokens: a prefix is attached to this model", hint="leave attach(...) first"
+            )
         cache = DynamicCache()  # without a config no layer forgets what left its window
         with quiet_eval(base):
-            base(input_ids=input_ids.to(next(base.parameters()).device), past_key_values=cache, use_cache=True)
+            base(
+                input_ids=input_ids.to(next(base.parameters()).device), past_key_values=cache, use_cache=True
+            )
         return cls(tuple(LayerKV(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
 
 
@@ -178,7 +184,9 @@ class Prefix(nn.Module):
         super().__init__()
         start.check(geometry)
         if start.length != config.length:
-            raise ConfigError(f"the start has {start.length} virtual tokens, the configuration {config.length}")
+            raise ConfigError(
+                f"the start has {start.length} virtual tokens, the configuration {config.length}"
+            )
         start = start.to(torch.float32)
         self.config = config
         self.parameterisation: nn.Module = (
@@ -246,8 +254,10 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _row(key: Tensor, value: Tensor) -> Tensor:
-    return torch.cat([key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=1)  # [P, H*(D+D)]
+    return torch.cat(
+        [key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=1
+    )  # [P, H*(D+D)]
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(1, (heads, -1)).transpose(0, 1)  # [P, H*D] -> [H, P, D]
+    return rows.reshape(rows.shape[0], heads, -1).transpose(0, 1)  # [P, H*D] -> [H, P, D]

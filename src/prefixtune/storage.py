@@ -107,11 +107,15 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INFO
     if not path.is_file():
-        raise StorageError(f"{folder}: no prefix folder (there is no {INFO})", hint="give the --output of a training")
+        raise StorageError(
+            f"{folder}: no prefix folder (there is no {INFO})", hint="give the --output of a training"
+        )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path}: not valid JSON ({error})", hint="the folder is damaged; restore or retrain") from None
+        raise StorageError(
+            f"{path}: not valid JSON ({error})", hint="the folder is damaged; restore or retrain"
+        ) from None
     if not isinstance(info, dict) or info.get("schema") != SCHEMA:
         found = info.get("schema") if isinstance(info, dict) else type(info).__name__
         raise StorageError(f"{path}: expected schema {SCHEMA}; got {found}", hint="update prefixtune")
@@ -135,7 +139,8 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
         trainable = _read_tensors(folder / TRAINABLE, digests[TRAINABLE]) if TRAINABLE in digests else None
         kv = PrefixKV(
             tuple(
-                LayerKV(tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"]) for i in range(len(geometry.layers))
+                LayerKV(tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"])
+                for i in range(len(geometry.layers))
             )
         )
         kv.check(geometry)
@@ -174,7 +179,7 @@ def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerp
 
 @contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
-    """A draft folder that takes the place of `target` when the block ends well: synced to disk, then renamed."""
+    """A draft folder that takes `target`'s place when the block ends well: synced to disk, then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -234,7 +239,9 @@ def _sync(path: Path) -> None:
 
 def _card(info: Mapping[str, Any]) -> str:
     training = info.get("training") or {}
-    record = "\n".join(f"| {name} | {value} |" for name, value in training.items() if not isinstance(value, dict))
+    record = "\n".join(
+        f"| {name} | {value} |" for name, value in training.items() if not isinstance(value, dict)
+    )
     table = f"\n## Training\n\n| | |\n|---|---|\n{record}\n" if record else ""
     return f"""---
 library_name: prefixtune
@@ -244,7 +251,7 @@ tags: [prefix-tuning]
 
 # A prefix of {info["length"]} virtual tokens for {info["base_name"]}
 
-A trained KV cache (Li & Liang 2021), parameterisation: {info["parameterisation"]}. The base model is unchanged.
+A trained KV cache (Li & Liang 2021), parameterisation: {info["parameterisation"]}. The base is unchanged.
 
 ```python
 from prefixtune import PrefixModel

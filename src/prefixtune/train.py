@@ -1,7 +1,7 @@
 """Trains a prefix with transformers' Trainer, in a folder that can be resumed at any time.
 
-The run folder: run.json (all options), checkpoint-N/ (exact resumption), metrics.jsonl, best/ and the prefix folder's
-own files for the result. Knows data and models by name only.
+The run folder: run.json (all options), checkpoint-N/ (exact resumption), metrics.jsonl, best/, and for the
+result the prefix folder's own files. Knows data and models by name only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
-from prefixtune.errors import ConfigError, DataError, RunError
+from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import ending
 from prefixtune.geometry import quiet_eval
@@ -35,7 +35,7 @@ from prefixtune.progress import note, progress_bar
 
 __all__ = ["LEARNING_RATES", "PrefixTrainer", "TrainResult", "train"]
 
-# by parameterisation: KV numbers are of size 1 to 2 and need large steps, the projection moves all of them at once
+# KV numbers are of size 1 to 2 and need large steps; the projection moves all of them at once
 LEARNING_RATES = {"direct": 2e-2, "projection": 5e-4}
 RUN, METRICS = "run.json", "metrics.jsonl"
 
@@ -72,13 +72,15 @@ class TrainResult:
 
 
 class PrefixTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose evaluation weighs every target token the same, and whose checkpoints hold the prefix only."""
+    """Trainer whose evaluation counts every target token the same; its checkpoints hold the prefix only."""
 
     def __init__(self, *args: Any, pad_token_id: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pad_token_id = pad_token_id
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> Any:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         batch = self.args.per_device_eval_batch_size
@@ -106,8 +108,8 @@ def train(
     Args:
         model: hub name, folder, .gguf file or demo.
         data: rows to train on, see `prefixtune.data.load_rows`; `eval_data` likewise.
-        prefix_options: fields of PrefixConfig. Without `init` the prefix starts from the KV of the first training
-            rows where the model has a tokenizer.
+        prefix_options: fields of PrefixConfig. Without `init` the prefix starts from the KV of the first
+            training rows.
         resume: go on from the last checkpoint in `output`, exactly as if never interrupted.
         overwrite: replace the run in `output`.
 
@@ -160,7 +162,9 @@ def _open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: b
     record = output / RUN
     if resume:
         if not record.is_file():
-            raise RunError(f"{output}: no run to resume (there is no {RUN})", hint="leave --resume out to begin one")
+            raise RunError(
+                f"{output}: no run to resume (there is no {RUN})", hint="leave --resume out to begin one"
+            )
         began: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         changed = [name for name in asked if began["asked"].get(name) != json.loads(json.dumps(asked[name]))]
         if changed:
@@ -173,10 +177,12 @@ def _open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: b
         if not overwrite:
             raise RunError(
                 f"{output}: exists already and is not empty",
-                hint="--resume goes on with the run in it, --overwrite replaces it; or choose another --output",
+                hint="--resume goes on with the run in it, --overwrite replaces it; or give another --output",
             )
         if not record.is_file():
-            raise RunError(f"{output}: holds no run, so it is not overwritten", hint="choose another --output")
+            raise RunError(
+                f"{output}: holds no run, so it is not overwritten", hint="choose another --output"
+            )
         shutil.rmtree(output)
     return None
 
@@ -195,7 +201,9 @@ def _load(
     eval_rows = load_rows(eval_data, fields=fields, split=data_config.split) if eval_data else None
     base = load_base(model, dtype=began["dtype"] if began else config.dtype)
     if base.tokenizer is None:
-        raise DataError(f"{model} has no tokenizer, so rows of text cannot be read", hint="save one in its folder")
+        raise DataError(
+            f"{model} has no tokenizer, so rows of text cannot be read", hint="save one in its folder"
+        )
     note(f"{base.name}: {base.dtype_reason}")
     examples, report = build_examples(rows, base.tokenizer, data_config, progress=True)
     note(f"training rows: {report.summary()}")
@@ -227,7 +235,8 @@ def _prefix_config(
             if len(tokens) >= length:
                 break
         given |= {"init": "tokens", "init_tokens": tuple(tokens[:length])}
-        note(f"the prefix starts from the KV of: {base.tokenizer.decode(tokens[:length])!r:.200}")
+        shown = base.tokenizer.decode(tokens[:length]) if base.tokenizer is not None else tokens[:length]
+        note(f"the prefix starts from the KV of: {shown!r:.200}")
     return PrefixConfig(**given)
 
 
@@ -238,8 +247,8 @@ def _check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Exampl
     needed = prefix.length + len(longest.input_ids)
     if isinstance(limit, int) and needed > limit:
         raise DataError(
-            f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take {needed} "
-            f"positions; {base.name} has {limit}",
+            f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
+            f"{needed} positions; {base.name} has {limit}",
             hint=f"use --max-length {max(1, limit - prefix.length)}, or a shorter prefix",
         )
 
@@ -268,7 +277,9 @@ def _arguments(config: TrainConfig, output: Path, steps: int, learning_rate: flo
     eval_steps = config.eval_steps or max(1, math.ceil(steps / 4))
     report_to = [name.strip() for name in config.report_to.split(",")]
     if "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is None:
-        note(f"TensorBoard is not installed: logging to {METRICS} only (pip install 'prefixtune[tensorboard]')")
+        note(
+            f"TensorBoard is not installed: logging to {METRICS} only (pip install 'prefixtune[tensorboard]')"
+        )
         report_to.remove("tensorboard")
     same = {
         name: getattr(config, name)
@@ -344,7 +355,7 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint; a half-written one (no trainer_state.json, or a broken one) is passed over."""
+    """The newest complete checkpoint; half-written ones (no sound trainer_state.json) are passed over."""
     found = []
     for folder in output.glob("checkpoint-*"):
         try:
@@ -368,9 +379,10 @@ def _finish(
     """Write the prefix: the best by evaluation loss where there was an evaluation, else the last."""
     eval_loss = best_step = None
     if trainer.eval_dataset:
-        if not trainer.state.log_history or trainer.state.log_history[-1].get("step") != trainer.state.global_step:
-            trainer.evaluate()
-        elif "eval_loss" not in trainer.state.log_history[-1]:
+        if (
+            not trainer.state.log_history
+            or trainer.state.log_history[-1].get("step") != trainer.state.global_step
+        ) or "eval_loss" not in trainer.state.log_history[-1]:
             trainer.evaluate()
         eval_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -392,7 +404,9 @@ def _finish(
     if best_step is not None and best_step != trainer.state.global_step:
         best = PrefixModel.from_pretrained(base.model, output / "best", is_trainable=True)
         model.prefix.load_state_dict(best.prefix.state_dict())
-    model.record["training"] = {k: v for k, v in result.to_dict().items() if k not in ("output", "prefix_file_bytes")}
+    model.record["training"] = {
+        k: v for k, v in result.to_dict().items() if k not in ("output", "prefix_file_bytes")
+    }
     with quiet_eval(model):
         model.save_pretrained(output)
     size = (output / "prefix.safetensors").stat().st_size
@@ -404,12 +418,14 @@ def _kind(config: PrefixConfig) -> str:
 
 
 class _Best(TrainerCallback):  # type: ignore[misc]
-    """Keeps the prefix with the lowest evaluation loss in best/; which one that is travels with the checkpoints."""
+    """Keeps the prefix with the lowest evaluation loss in best/; its step travels with the checkpoints."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
         loss = (metrics or {}).get("eval_loss")
         if loss is None or (state.best_metric is not None and loss >= state.best_metric):
             return

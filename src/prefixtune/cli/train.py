@@ -43,7 +43,7 @@ def train(
         TrainConfig(**train_options),
     )  # wrong values before any work
 
-    from prefixtune import train as room
+    import prefixtune.train as room
 
     result = room.train(
         model=model,

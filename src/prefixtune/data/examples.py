@@ -54,6 +54,7 @@ class DataReport:
     Attributes:
         dropped: rows left out because no target token was left (on_no_target="drop").
         converted: numbers and booleans that were turned into text.
+        empty: examples whose answer is an empty text, so that the end token is their only target.
         unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
     """
 
@@ -66,6 +67,7 @@ class DataReport:
     target_tokens: int
     longest: int
     converted: int = 0
+    empty: int = 0
     unclosed: int = 0
 
     def summary(self) -> str:
@@ -81,6 +83,8 @@ class DataReport:
             parts.append(f"DROPPED {_plural(self.dropped, 'row')} without a target")
         if self.converted:
             parts.append(f"CONVERTED {_plural(self.converted, 'number')} to text")
+        if self.empty:
+            parts.append(f"{_plural(self.empty, 'answer')} EMPTY, with the end token for target")
         if self.unclosed:
             parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
         return "; ".join(parts)
@@ -102,7 +106,7 @@ def build_examples(
     """
     template = _template_for(config.template, tokenizer)
     examples: list[Example] = []
-    dropped = converted = unclosed = 0
+    dropped = converted = empty = unclosed = 0
     for row in _track(rows, progress):
         try:
             encoded = template.encode(row)
@@ -114,6 +118,7 @@ def build_examples(
             continue
         examples.append(example)
         converted += count_converted(row, template.fields(row))
+        empty += encoded.empty
         unclosed += encoded.unclosed
     if not examples:
         raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
@@ -127,6 +132,7 @@ def build_examples(
         target_tokens=sum(example.target_tokens for example in examples),
         longest=max(len(example.input_ids) for example in examples),
         converted=converted,
+        empty=empty,
         unclosed=unclosed,
     )
     return examples, report

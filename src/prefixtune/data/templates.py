@@ -28,11 +28,12 @@ NO_TARGET = -100  # the label that no loss counts (torch.nn.CrossEntropyLoss.ign
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A whole row, not yet cut. `unclosed` counts the targets after which nothing marks the end."""
+    """A whole row, not yet cut; `unclosed` targets have no mark of their end, an `empty` one nothing else."""
 
     input_ids: list[int]
     labels: list[int]
     unclosed: int = 0
+    empty: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +64,17 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
-def empty_target(row: Row, name: str) -> NoTargetError:
+def empty_target(row: Row, name: str, what: str = "empty") -> NoTargetError:
     return NoTargetError(
-        f"{row.origin}: {name} is empty, so the row has no target",
+        f"{row.origin}: {name} is {what}, so the row has no target",
         hint="fill it in, or leave such rows out with --on-no-target drop",
     )
 
 
-def _pair(prompt_ids: list[int], target_ids: list[int]) -> Encoded:
+def _pair(prompt_ids: list[int], target_ids: list[int], *, empty: bool) -> Encoded:
     # tokenised apart and joined as ids: no token may straddle prompt and target, as none can in generation
-    return Encoded(input_ids=prompt_ids + target_ids, labels=[NO_TARGET] * len(prompt_ids) + target_ids)
+    labels = [NO_TARGET] * len(prompt_ids) + target_ids
+    return Encoded(input_ids=prompt_ids + target_ids, labels=labels, empty=empty)
 
 
 class HumanTemplate:
@@ -80,7 +82,7 @@ class HumanTemplate:
 
     Its rule for fields: `output` is required, and one of `instruction` and `input`. A row without the column
     `input` reads as the tutorial's with input "". A row without the column `instruction` has no line for it:
-    "Human: {input}". Null in a column that is there is an empty text.
+    "Human: {input}". Null in a column that is there is an empty text, but no target.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -93,7 +95,9 @@ class HumanTemplate:
         prompt, target = self._texts(row)
         # special tokens in both calls, as in the tutorial: a BOS-adding tokenizer adds one to the target too
         return _pair(
-            token_ids(self._tokenizer, prompt), token_ids(self._tokenizer, target + self._tokenizer.eos_token)
+            token_ids(self._tokenizer, prompt),
+            token_ids(self._tokenizer, target + self._tokenizer.eos_token),
+            empty=not target.strip(),
         )
 
     def prompt(self, row: Row) -> PromptText:
@@ -101,12 +105,10 @@ class HumanTemplate:
         return PromptText(input_ids=token_ids(self._tokenizer, prompt), text=prompt, reference=target)
 
     def _texts(self, row: Row) -> tuple[str, str]:
-        target = required_text(row, "output")
+        target = _target_text(row, "output")
         if "instruction" not in row.values and "input" not in row.values:
             raise missing_field(row, "instruction", wanted="instruction")
         parts = [field_text(row, name) for name in ("instruction", "input") if name in row.values]
-        if not target.strip():
-            raise empty_target(row, "'output'")
         return "\n".join(["Human: " + parts[0], *parts[1:]]).strip() + "\n\nAssistant: ", target
 
 
@@ -132,6 +134,7 @@ class FormatTemplate:
         return _pair(
             token_ids(self._tokenizer, prompt),
             token_ids(self._tokenizer, target + self._tokenizer.eos_token, special=False),
+            empty=not target.strip(),
         )
 
     def prompt(self, row: Row) -> PromptText:
@@ -141,10 +144,14 @@ class FormatTemplate:
     def _texts(self, row: Row) -> tuple[str, str]:
         *before, (last_literal, target_name) = self._parts
         prompt = "".join(literal + required_text(row, name) for literal, name in before) + last_literal
-        target = required_text(row, target_name)
-        if not target.strip():
-            raise empty_target(row, f"'{target_name}'")
-        return prompt, target
+        return prompt, _target_text(row, target_name)
+
+
+def _target_text(row: Row, name: str) -> str:
+    """The field's text: an empty one is an answer, as in the tutorial, whose target is the end token."""
+    if name in row.values and row.values[name] is None:
+        raise empty_target(row, f"'{name}'", "null")
+    return required_text(row, name)
 
 
 def _parse_format(text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,19 @@
+"""Puts prefixes into a model's forward pass. The only room that knows transformers' internals.
+
+The caller, `generate` included, goes on counting text tokens only: its ids, masks, positions and caches hold
+T tokens. Inside the decoder each row becomes what the bare model would see amid [pads; prefix; text]:
+
+    column   0 ........ s ............ P+n ......... P+T    P  longest prefix of the batch
+             [ masked  ][ row's prefix ][ row's text ]      n  left pads of the row, s = P + n - its length
+
+Text keeps its columns; a shorter prefix, or one before left pads, moves right until it touches its text. So
+index distances (sliding windows, chunks, alibi by index), mask counts (alibi by mask) and positions are the
+bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T text, D head dim.
+
+Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
+cache, mask and positions that the decoder sees).
+"""
+
+from prefixtune.attach.session import attach, attach_pairs, supported
+
+__all__ = ["attach", "attach_pairs", "supported"]

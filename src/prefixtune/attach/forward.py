@@ -1,0 +1,203 @@
+"""One pass of the decoder: checks what the caller gave, adds the prefix, returns the caller's own columns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from prefixtune.attach.view import View, inner_mask, inner_positions
+from prefixtune.errors import AttachError, UnsupportedModelError
+from prefixtune.geometry import text_config
+
+if TYPE_CHECKING:
+    from prefixtune.attach.session import Session
+
+__all__ = ["forward_with_prefix"]
+
+MARK = "_prefixtune_rows"  # on a text cache: which prefix each of its rows was computed behind
+
+
+def forward_with_prefix(
+    session: Session, original: Callable[..., Any], signature: inspect.Signature, args: Any, kwargs: Any
+) -> Any:
+    """One pass of the decoder: the caller's columns of text in, the caller's columns of text out."""
+    call = _arguments(signature, args, kwargs)
+    given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
+    if len(given) != 1:
+        return original(*args, **kwargs)  # the model's own error
+    (batch, queries), device = given[0].shape[:2], given[0].device
+    rows, names = session.expand(batch)
+    if all(row < 0 for row in rows):
+        return original(*args, **kwargs)
+    recomputing = _recomputes(session)
+    text = _text_cache(session, call, names, recomputing)
+    past = int(text.get_seq_length()) if text is not None else 0
+    mask = _check_mask(call, batch, past + queries)
+    pads = _left_pads(mask)
+    _refuse_packed(call, mask, past)
+    view = View(session, rows, text, past=past, pads=pads)
+    lengths = torch.tensor([session.lengths[row] if row >= 0 else 0 for row in rows], device=device)
+    _check_positions(session, view.length, past + queries, lengths, pads)
+
+    call["past_key_values"], call["use_cache"] = view, text is not None
+    call["attention_mask"] = inner_mask(session, view, mask, lengths, past + queries)
+    if "position_ids" in signature.parameters:
+        call["position_ids"] = inner_positions(call.get("position_ids"), lengths, pads, past, queries)
+    if call.get("cache_position") is not None:
+        call["cache_position"] = call["cache_position"] + view.length
+    with _layers_decide(session.decoder):
+        output = original(**call)
+    missed = sorted(set(range(len(session.geometry.layers))) - view.hits)
+    if missed:
+        raise UnsupportedModelError(
+            f"{type(session.base).__name__}: layer {missed[0]} read no cache, so its prefix had no effect",
+            hint="this way of running the model is refused rather than served inexactly; please report it",
+        )
+    if text is not None:
+        setattr(text, MARK, names)
+        text.update = _refuse_bare_use
+    return _give_back(output, view, text)
+
+
+def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            call.update(call.pop(name, {}))
+    return call
+
+
+def _recomputes(session: Session) -> bool:
+    """Whether gradient checkpointing is on for this pass; the re-entrant kind would lose the gradient."""
+    active = [m for m in session.checkpointed if getattr(m, "gradient_checkpointing", False) and m.training]
+    if not active or not torch.is_grad_enabled():
+        return bool(active)
+    function = getattr(active[0], "_gradient_checkpointing_func", None)
+    if getattr(function, "keywords", {}).get("use_reentrant", False):
+        raise AttachError(
+            "re-entrant gradient checkpointing gives a prefix no gradient",
+            hint="enable it through PrefixModel, or give {'use_reentrant': False} as its options",
+        )
+    return True
+
+
+def _text_cache(
+    session: Session, call: dict[str, Any], names: tuple[str | None, ...], recomputing: bool
+) -> Any:
+    """The cache that holds the text's KV: the caller's, a new one, or None."""
+    text = call.get("past_key_values")
+    if text is None:
+        config = text_config(session.base)
+        wanted = call.get("use_cache")
+        wanted = getattr(config, "use_cache", True) if wanted is None else wanted
+        return DynamicCache(config=config) if wanted and not recomputing else None
+    if not isinstance(text, Cache) or isinstance(text, EncoderDecoderCache):
+        raise AttachError(f"past_key_values: expected a Cache of transformers; got {type(text).__name__}")
+    if recomputing:
+        raise AttachError("past_key_values cannot be used under gradient checkpointing", hint="leave it out")
+    if int(text.get_seq_length()) > 0:
+        made = getattr(text, MARK, None)
+        if made is None:
+            raise AttachError(
+                "past_key_values holds text that was computed without this prefix",
+                hint="give the whole text again, or the cache that a pass with this prefix returned",
+            )
+        if made != names and (len(set(made)) > 1 or set(made) != set(names)):
+            raise AttachError(
+                "past_key_values holds text that was computed behind another prefix",
+                hint="give the whole text again",
+            )
+    return text
+
+
+def _check_mask(call: dict[str, Any], batch: int, total: int) -> Tensor | None:
+    mask = call.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise AttachError("attention_mask: expected a 2D or 4D tensor over the text's tokens")
+    if mask.shape[0] not in ((batch,) if mask.dim() == 2 else (1, batch)) or mask.shape[-1] < total:
+        raise AttachError(
+            f"attention_mask: expected {batch} rows over the {total} tokens of the text (cached and new, "
+            f"without the prefix); got {list(mask.shape)}"
+        )
+    if bool((mask[..., total:] > 0).any()) or (mask.dtype == torch.bool and bool(mask[..., total:].any())):
+        raise AttachError(f"attention_mask: lets tokens see columns beyond the {total} of the text")
+    return mask[..., :total]  # the rest stands for unused slots of a static cache
+
+
+def _left_pads(mask: Tensor | None) -> Tensor | None:
+    """[B] number of masked columns before each row's text; None where there are none."""
+    if mask is None or mask.dim() == 4 or bool((mask[:, 0] != 0).all()):
+        return None
+    return ((mask != 0).cumsum(dim=1) == 0).sum(dim=1)
+
+
+def _refuse_packed(call: dict[str, Any], mask: Tensor | None, past: int) -> None:
+    """transformers reads restarting positions without a mask as packed documents."""
+    positions = call.get("position_ids")
+    if positions is None or mask is not None or past or positions.dim() != 2 or positions.shape[1] < 2:
+        return
+    if bool((positions[:, 1:] <= positions[:, :-1]).any()):
+        raise AttachError(
+            "position_ids restart within a row: packed documents need a 4D attention_mask",
+            hint="give [B, 1, T, T] with one causal block per document, so that no document sees another",
+        )
+
+
+def _check_positions(
+    session: Session, longest: int, total: int, lengths: Tensor, pads: Tensor | None
+) -> None:
+    geometry, config = session.geometry, text_config(session.base)
+    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for kind in kinds:
+        if kind.get("rope_type") in ("longrope", "dynamic"):  # the rotation of cached keys would change
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    if limit is None or longest + total <= limit:
+        return
+    needed = int((lengths + total - (pads if pads is not None else 0)).max())
+    if needed > limit:
+        raise AttachError(
+            f"prefix and text take {needed} positions; with {config.model_type} it is exact up to {limit}",
+            hint="shorten the text, or the prefix",
+        )
+
+
+@contextmanager
+def _layers_decide(decoder: nn.Module) -> Iterator[None]:
+    """Some decoders (GPT-2) hide the cache from checkpointed layers: let them believe that it is off."""
+    own = vars(decoder)
+    before = own.get("gradient_checkpointing")
+    if before:
+        own["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        if before:
+            own["gradient_checkpointing"] = before
+
+
+def _give_back(output: Any, view: View, text: Any) -> Any:
+    """The decoder's output with the caller's cache in place of the view."""
+    if isinstance(output, tuple):
+        return tuple(
+            text if item is view else item for item in output if item is not view or text is not None
+        )
+    if "past_key_values" in output:
+        output["past_key_values"] = text
+    return output
+
+
+def _refuse_bare_use(*args: Any, **kwargs: Any) -> Any:
+    raise AttachError(
+        "this cache holds text that was computed behind a prefix, and no prefix is attached",
+        hint="use it within attach(...) or with its PrefixModel",
+    )

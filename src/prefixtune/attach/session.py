@@ -1,0 +1,248 @@
+"""Which prefix each row has, and the hooks on the model while it is attached."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.attach.forward import forward_with_prefix
+from prefixtune.errors import AttachError, UnsupportedModelError
+from prefixtune.geometry import Geometry, quiet_eval, text_config
+from prefixtune.prefix import PrefixKV
+
+__all__ = ["Session", "attach", "attach_pairs", "supported"]
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+_SUPPORTED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
+
+
+@contextmanager
+def attach(base: nn.Module, prefixes: PrefixKV | Sequence[PrefixKV | None]) -> Iterator[nn.Module]:
+    """Within the block, `base` answers as if each row began with its prefix.
+
+    Args:
+        base: a causal language model of transformers.
+        prefixes: one PrefixKV for all rows of any batch, or a list with one PrefixKV or None per batch row;
+            lengths may differ. `base.generate` repeats the list for its beams and return sequences.
+
+    Raises:
+        UnsupportedModelError: the model cannot carry this prefix exactly.
+        AttachError: a call within the block has no exact meaning (another prefix's cache, packed rows, …).
+
+    Example:
+        >>> with attach(base, [kv_a, None, kv_b]):                             # doctest: +SKIP
+        ...     base.generate(**batch, max_new_tokens=8)
+    """
+    rows = [prefixes] if isinstance(prefixes, PrefixKV) else list(prefixes)
+    if not rows or any(row is not None and not isinstance(row, PrefixKV) for row in rows):
+        raise AttachError(
+            f"attach: expected a PrefixKV, or a list of PrefixKV and None; got {prefixes!r:.80}"
+        )
+    geometry = supported(base)
+    for row in rows:
+        if row is not None:
+            row.check(geometry)
+    distinct = {id(row): row for row in rows if row is not None}
+    place = {key: index for index, key in enumerate(distinct)}
+    sources = [[(layer.key, layer.value) for layer in row.layers] for row in distinct.values()]
+    session = Session(
+        base,
+        geometry,
+        sources,
+        rows=[-1 if row is None else place[id(row)] for row in rows],
+        names=[None if row is None else row.digest for row in rows],
+        broadcast=isinstance(prefixes, PrefixKV),
+    )
+    with session:
+        yield base
+
+
+@contextmanager
+def attach_pairs(base: nn.Module, pairs: Pairs, *, name: str) -> Iterator[nn.Module]:
+    """`attach` for live tensors: (key, value) [H, P, D] per layer, with gradient, for all rows."""
+    with Session(base, supported(base), [list(pairs)], rows=[0], names=[name], broadcast=True):
+        yield base
+
+
+def supported(base: nn.Module) -> Geometry:
+    """The geometry of `base`, after its oracle was checked once with a few tokens.
+
+    Raises:
+        UnsupportedModelError: a layer has no key/value cache, or the oracle does not hold.
+    """
+    if base not in _SUPPORTED:
+        geometry = Geometry.probe(base)
+        _SUPPORTED[base] = geometry
+        try:
+            if not next(base.parameters()).is_meta:
+                _check_oracle(base)
+        except BaseException:
+            del _SUPPORTED[base]
+            raise
+    return _SUPPORTED[base]
+
+
+@torch.no_grad()
+def _check_oracle(base: nn.Module) -> None:
+    """The prefix made of A's KV, applied to B, against the bare model on [A; B]; one row is left-padded."""
+    device = next(base.parameters()).device
+    vocabulary = text_config(base).vocab_size
+    ids = (torch.arange(7, device=device) * 131 + 7)[None] % vocabulary
+    text, rest = ids[:, :4], ids[:, 4:]
+    with quiet_eval(base):
+        whole = base(input_ids=ids, use_cache=False).logits[0, -1].float()
+        short = base(input_ids=torch.cat([text, rest[:, 1:]], dim=1), use_cache=False).logits[0, -1].float()
+        kv = PrefixKV.from_tokens(base, text)
+        batch = torch.cat([rest, rest])
+        mask = torch.ones_like(batch)
+        mask[1, 0] = 0
+        with attach(base, kv):
+            found = base(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, -1].float()
+    exact = next(base.parameters()).dtype in (torch.float32, torch.float64)
+    for expected, got in ((whole, found[0]), (short, found[1])):
+        error = float((got - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-12))
+        if not error <= (1e-3 if exact else 0.25):
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: a prefix does not reproduce the text it stands for "
+                f"(relative error of the logits {error:.2g})",
+                hint="this architecture is refused rather than served inexactly; please report it",
+            )
+
+
+class Session:
+    """One attachment: which prefix each row has, and the hooks on the model while it lasts."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        geometry: Geometry,
+        sources: Sequence[Pairs],
+        *,
+        rows: Sequence[int],
+        names: Sequence[str | None],
+        broadcast: bool,
+    ) -> None:
+        self.base: Any = base
+        self.geometry, self.sources = geometry, sources
+        self.decoder = _decoder(base)
+        self.rows, self.names, self.broadcast = tuple(rows), tuple(names), broadcast
+        self.lengths = [source[0][0].shape[1] for source in sources]
+        self.generating = False
+        self.blocks: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.checkpointed = [m for m in self.decoder.modules() if hasattr(m, "_can_checkpoint_with_cache")]
+        self.undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        if getattr(self.base, "prefixtune_attached", False):
+            raise AttachError(
+                "a prefix is attached to this model already",
+                hint="leave the other attach(...) block first; several prefixes at once go into one list",
+            )
+        original = self.decoder.forward
+        parameters = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return forward_with_prefix(self, original, parameters, args, kwargs)
+
+        self._set(self.base, "prefixtune_attached", True)
+        self._set(self.decoder, "forward", forward)
+        for module in self.checkpointed:
+            self._set(module, "_can_checkpoint_with_cache", True)
+        if hasattr(self.base, "generate"):
+            self._set(self.base, "generate", self._generate(self.base.generate))
+            # generate would turn masks into 4D for static caches, and compile: both in columns of text only
+            self._set(self.base, "create_masks_for_generate", _keep_mask)
+            self._set(self.base, "_valid_auto_compile_criteria", lambda *args, **kwargs: False)
+
+    def __exit__(self, *error: object) -> None:
+        for undo in reversed(self.undo):
+            undo()
+        self.undo.clear()
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        own = vars(module)
+        before, had = own.get(name), name in own
+        own[name] = value
+        self.undo.append(lambda: own.__setitem__(name, before) if had else own.pop(name, None))
+
+    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            self.generating = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.generating = False
+
+        return generate
+
+    def expand(self, batch: int) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
+        """Source index and name of each of `batch` rows."""
+        count = len(self.rows)
+        if self.broadcast or batch == count:
+            repeats = batch if self.broadcast else 1
+        elif self.generating and batch % count == 0:
+            repeats = batch // count  # beams and return sequences lie next to each other
+        else:
+            raise AttachError(
+                f"{count} prefixes are attached, but the batch has {batch} rows",
+                hint="give attach one PrefixKV or None per row",
+            )
+        return (
+            tuple(row for row in self.rows for _ in range(repeats)),
+            tuple(name for name in self.names for _ in range(repeats)),
+        )
+
+    def block(self, layer: int, rows: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefixes of all rows in one layer, ends aligned: [B, H, P, D] key and value."""
+        place = (layer, rows, like.dtype, like.device)
+        if place in self.blocks:
+            return self.blocks[place]
+        pairs = [source[layer] for source in self.sources]
+        if len(set(rows)) == 1:
+            one = pairs[rows[0]]
+            key, value = (t.to(like).expand(len(rows), *t.shape) for t in one)
+        else:
+            longest = max(self.lengths[row] for row in rows if row >= 0)
+            used = sorted(set(rows) - {-1})
+            index = torch.tensor(
+                [used.index(row) if row >= 0 else len(used) for row in rows], device=like.device
+            )
+            key, value = (
+                torch.stack(
+                    [_left_pad(pairs[row][side].to(like), longest) for row in used]
+                    + [like.new_zeros(like.shape[1], longest, pairs[0][side].shape[2])]
+                )[index]
+                for side in (0, 1)
+            )
+        if not (key.requires_grad or value.requires_grad):
+            self.blocks[place] = (key, value)
+        return key, value
+
+
+def _decoder(base: Any) -> Any:
+    """The module that takes ids, masks, positions and the cache, and returns hidden states."""
+    found = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if found is not base and found is not None:
+        return found
+    for name in (getattr(base, "base_model_prefix", ""), "model", "transformer"):
+        inner = getattr(base, name, None) if name else None
+        if isinstance(inner, nn.Module) and "past_key_values" in inspect.signature(inner.forward).parameters:
+            return inner
+    return base
+
+
+def _keep_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
+
+
+def _left_pad(tensor: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[1], 0))  # [H, P', D] -> [H, P, D]
