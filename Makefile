@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m prefixtune.quickstart --output runs/quickstart
+	$(BIN)/prefixtune quickstart --output runs/quickstart
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

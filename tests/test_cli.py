@@ -213,7 +213,7 @@ def test_our_error_is_its_message_and_hint_without_markup() -> None:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("at step 3"), 1, "interrupted: at step 3"),
         (OSError(28, "No space left on device", "run/x"), 1, "error: run/x: No space left on device"),
         (PermissionError(13, "Permission denied", "run"), 1, "error: run: Permission denied"),
         (

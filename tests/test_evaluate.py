@@ -125,7 +125,7 @@ def test_longest_answer_is_the_longest_reference_and_a_few_tokens() -> None:
 
 
 def test_what_is_cut_or_dropped_is_counted() -> None:
-    rows = [*ROWS, Row(values={"instruction": "x", "output": ""}, origin="r:4")]
+    rows = [*ROWS, Row(values={"instruction": "x", "output": None}, origin="r:4")]
     config = DataConfig(max_length=len(EXAMPLES[0].input_ids) - 1, on_no_target="drop")
     found = evaluate(bare(), TOKENIZER, rows, config, exact_match=False, progress=False)
     assert (found.rows, found.truncated_rows, found.dropped_rows) == (3, 1, 1)

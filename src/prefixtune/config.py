@@ -175,8 +175,8 @@ class TrainConfig(_Config):
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     logging_steps: int = option(10, "log the loss every so many steps")
-    eval_steps: int | None = option(None, "evaluate every so many steps; once per epoch unless given")
-    save_steps: int | None = option(None, "checkpoint every so many steps; once per epoch unless given")
+    eval_steps: int | None = option(None, "evaluate every so many steps; four times unless given")
+    save_steps: int | None = option(None, "checkpoint every so many steps; ten times or more unless given")
     save_total_limit: int = option(2, "keep this many checkpoints, and the best one")
     seed: int = option(42, "seed of the initialisation, the data order and dropout")
     dtype: str = option(
@@ -187,7 +187,10 @@ class TrainConfig(_Config):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time"
     )
-    report_to: str = option("tensorboard", "where to log: tensorboard, wandb, … or none; several with commas")
+    report_to: str | None = option(
+        None,
+        "where to log: tensorboard, wandb, … or none, several with commas; TensorBoard where it is installed",
+    )
 
     def check(self) -> None:
         _positive(

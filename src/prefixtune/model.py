@@ -65,8 +65,8 @@ class PrefixModel(nn.Module):
         self.geometry = geometry
         self.record: dict[str, Any] = {}  # what prefix.json tells beyond the tensors: template, training, …
         self._name = f"model-{uuid4().hex}"
-        self.register_state_dict_post_hook(_keep_prefix_only)
-        self.register_load_state_dict_post_hook(_base_is_not_missing)
+        self.register_state_dict_post_hook(_keep_prefix_only)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_base_is_not_missing)  # type: ignore[no-untyped-call]
 
     # --- forward and generate
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 __all__ = ["note", "progress_bar"]
+
+
+_RUNNING: ContextVar[Any] = ContextVar("running progress", default=None)
 
 
 @cache
@@ -24,10 +28,35 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress_bar(description: str | None, *, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with the time left, as a function that advances it; no bar without a description."""
+    """A bar on stderr with the time left, as a function that advances it; no bar without a description.
+
+    A bar within another's block stands below it.
+    """
     if description is None:
         yield lambda count: None
         return
+    running = _RUNNING.get()
+    if not _console().is_terminal:  # a log file: a line instead of a bar that cannot move
+        note(f"{description}: {total:,}")
+        yield lambda count: None
+    elif running is None:
+        progress = _new_progress()
+        token = _RUNNING.set(progress)
+        try:
+            with progress:
+                task = progress.add_task(description, total=total)
+                yield lambda count: progress.advance(task, count)
+        finally:
+            _RUNNING.reset(token)
+    else:
+        task = running.add_task(description, total=total)
+        try:
+            yield lambda count: running.advance(task, count)
+        finally:
+            running.remove_task(task)
+
+
+def _new_progress() -> Any:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -37,14 +66,13 @@ def progress_bar(description: str | None, *, total: int) -> Iterator[Callable[[i
         TimeRemainingColumn,
     )
 
-    columns = [
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=_console(), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
+        console=_console(),
+        transient=True,
+    )

@@ -11,6 +11,7 @@ from prefixtune.cli.evaluate import evaluate
 from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
 from prefixtune.cli.inspect import inspect
+from prefixtune.cli.quickstart import quickstart
 from prefixtune.cli.train import train
 
 __all__ = ["main"]
@@ -28,5 +29,5 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (inspect, data, train, evaluate, generate, chat):
+for _command in (quickstart, train, evaluate, generate, chat, inspect, data):
     main.add_command(_command)

@@ -13,11 +13,9 @@ from prefixtune.errors import PrefixTuneError
 
 __all__ = ["Group", "debug_option"]
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-
 
 class Group(click.Group):
-    """Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Tracebacks only with --debug."""
+    """Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage. Tracebacks only with --debug."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,9 +26,9 @@ class Group(click.Group):
             if ctx.meta.get("prefixtune.debug"):
                 raise
             raise Failure.of(error) from error
-        except (KeyboardInterrupt, click.Abort):
-            say("interrupted")
-            ctx.exit(INTERRUPTED)
+        except (KeyboardInterrupt, click.Abort) as stop:
+            say(f"interrupted{f': {stop}' if str(stop) else ''}")
+            ctx.exit(1)
         except Exception as error:
             broken_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
             if broken_pipe or ctx.meta.get("prefixtune.debug"):  # click ends a broken pipe in silence

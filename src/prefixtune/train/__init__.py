@@ -1,0 +1,10 @@
+"""Trains a prefix with transformers' Trainer, in a folder that can be resumed at any time.
+
+Reading order: `session` (from options to a finished run), `trainer` (Trainer, its arguments, what happens
+at a step), `folder` (what is on disk). Knows data and models by name only.
+"""
+
+from prefixtune.train.session import LEARNING_RATES, TrainResult, train
+from prefixtune.train.trainer import PrefixTrainer
+
+__all__ = ["LEARNING_RATES", "PrefixTrainer", "TrainResult", "train"]

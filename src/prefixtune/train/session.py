@@ -1,0 +1,270 @@
+"""From options to a finished run: rows, model, start, training, and the prefix that is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
+from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.evaluate import target_loss
+from prefixtune.generate import ending
+from prefixtune.geometry import quiet_eval
+from prefixtune.load import LoadedBase, load_base
+from prefixtune.model import PrefixModel
+from prefixtune.progress import note
+from prefixtune.train.folder import last_checkpoint, open_run, record_run
+from prefixtune.train.trainer import KeepBest, PrefixTrainer, run, training_arguments
+
+__all__ = ["LEARNING_RATES", "TrainResult", "train"]
+
+# KV numbers are of size 1 to 2 and need large steps; the projection moves all of them at once
+LEARNING_RATES = {"direct": 2e-2, "projection": 5e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run reports. Losses are nats per target token on the evaluation rows."""
+
+    output: str
+    steps: int
+    train_rows: int
+    target_tokens: int
+    train_loss: float | None
+    base_loss: float | None
+    eval_loss: float | None
+    best_step: int | None
+    trainable_parameters: int
+    prefix_file_bytes: int
+    train_seconds: float
+    learning_rate: float
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.steps} steps on {self.train_rows} rows in {self.train_seconds:.0f} s; "
+            f"{self.trainable_parameters:,} trainable parameters, {self.prefix_file_bytes:,} bytes on disk"
+        ]
+        if self.eval_loss is not None:
+            lines.append(f"evaluation loss {self.base_loss:.4f} (bare model) -> {self.eval_loss:.4f}")
+        return "\n".join([*lines, f"prefix: {self.output}"])
+
+
+def train(
+    *,
+    model: str,
+    data: str,
+    output: Path,
+    eval_data: str | None = None,
+    prefix_options: Mapping[str, Any] | None = None,
+    data_config: DataConfig | None = None,
+    config: TrainConfig | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train a prefix for `model` on `data` and write it to `output`.
+
+    Args:
+        model: hub name, folder, .gguf file or demo.
+        data: rows to train on, see `prefixtune.data.load_rows`; `eval_data` likewise.
+        prefix_options: fields of PrefixConfig. Without `init` the prefix starts from the KV of the first
+            training rows.
+        resume: go on from the last checkpoint in `output`, exactly as if never interrupted.
+        overwrite: replace the run in `output`.
+
+    Raises:
+        RunError: `output` holds a run already, or none to resume.
+        DataError, ModelError, ConfigError: the input cannot be used.
+        KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint was written.
+    """
+    data_config, config = data_config or DataConfig(), config or TrainConfig()
+    asked = {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "prefix": dict(prefix_options or {}),
+        "data_config": data_config.to_dict(),
+        "train_config": config.to_dict(),
+    }
+    began = open_run(output, asked, resume=resume, overwrite=overwrite)
+    examples, eval_examples, base, report = _load(model, data, eval_data, data_config, config, began)
+    set_seed(config.seed)
+    prefix_config = _prefix_config(began, prefix_options or {}, base, examples)
+    _check_lengths(base, prefix_config, [*examples, *(eval_examples or [])])
+    prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
+    prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
+    steps = _planned_steps(config, len(examples))
+    kind = "projection" if prefix_config.projection else "direct"
+    learning_rate = config.learning_rate or LEARNING_RATES[kind]
+    pad = ending(base.model, base.tokenizer)["pad_token_id"]
+    arguments = training_arguments(
+        config, output, steps=steps, learning_rate=learning_rate, evaluates=bool(eval_examples)
+    )
+    record_run(output, _record(asked, prefix_config, base), resume=resume)
+    base_loss = None
+    if eval_examples:
+        batch = config.per_device_eval_batch_size
+        base_loss, _ = target_loss(
+            base.model, eval_examples, pad_token_id=pad, batch_size=batch, progress="bare model"
+        )
+        note(f"bare model: evaluation loss {base_loss:.4f}")
+    trainer = _trainer(
+        model=prefix_model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        data_collator=Collator(pad),
+        callbacks=[KeepBest(output)],
+        pad_token_id=pad,
+        lengths=[len(example.input_ids) for example in examples],
+    )
+    note(f"{steps} steps, learning rate {learning_rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
+    seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
+    return _finish(trainer, output, prefix_model, base_loss, seconds, learning_rate, report, base)
+
+
+def _trainer(**arguments: Any) -> PrefixTrainer:
+    try:
+        return PrefixTrainer(**arguments)
+    except (RuntimeError, ValueError) as error:
+        if "report_to" in str(error) or "Callback requires" in str(error):  # transformers' own checks
+            raise ConfigError(str(error), hint="change --report-to, or install what it names") from None
+        raise
+
+
+def _load(
+    model: str,
+    data: str,
+    eval_data: str | None,
+    data_config: DataConfig,
+    config: TrainConfig,
+    began: dict[str, Any] | None,
+) -> tuple[list[Example], list[Example] | None, LoadedBase, DataReport]:
+    """Rows before the model: a wrong data file is told at once."""
+    fields = parse_fields(data_config.fields)
+    rows = load_rows(data, fields=fields, split=data_config.split, limit=data_config.limit)
+    eval_rows = load_rows(eval_data, fields=fields, split=data_config.split) if eval_data else None
+    base = load_base(model, dtype=began["dtype"] if began else config.dtype)
+    if base.tokenizer is None:
+        raise DataError(
+            f"{model} has no tokenizer, so rows of text cannot be read", hint="save one in its folder"
+        )
+    note(f"{base.name}: {base.dtype_reason}")
+    examples, report = build_examples(rows, base.tokenizer, data_config, progress=True)
+    note(f"training rows: {report.summary()}")
+    eval_examples = None
+    if eval_rows:
+        eval_examples, eval_report = build_examples(eval_rows, base.tokenizer, data_config, progress=True)
+        note(f"evaluation rows: {eval_report.summary()}")
+    if not examples:
+        raise DataError(f"{data}: no row with target tokens is left to train on")
+    return examples, eval_examples, base, report
+
+
+def _prefix_config(
+    began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
+) -> PrefixConfig:
+    """The user's options; where they say nothing of a start, the KV of the first training rows."""
+    if began:
+        return PrefixConfig.from_dict(began["prefix"])
+    given = {name: value for name, value in options.items() if value is not None}
+    if "init" not in given and "init_text" in given:
+        given["init"] = "text"
+    if "init" not in given and "init_tokens" in given:
+        given["init"] = "tokens"
+    if "init" not in given:
+        length = given.get("length", PrefixConfig().length)
+        tokens: list[int] = []
+        for example in examples:
+            tokens += example.input_ids
+            if len(tokens) >= length:
+                break
+        given |= {"init": "tokens", "init_tokens": tuple(tokens[:length])}
+        shown = base.tokenizer.decode(tokens[:length]) if base.tokenizer is not None else tokens[:length]
+        note(f"the prefix starts from the KV of: {shown!r:.200}")
+    return PrefixConfig(**given)
+
+
+def _check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
+    config = base.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    needed = prefix.length + len(longest.input_ids)
+    if isinstance(limit, int) and needed > limit:
+        raise DataError(
+            f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
+            f"{needed} positions; {base.name} has {limit}",
+            hint=f"use --max-length {max(1, limit - prefix.length)}, or a shorter prefix",
+        )
+
+
+def _planned_steps(config: TrainConfig, rows: int) -> int:
+    if config.max_steps:
+        return config.max_steps
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return max(1, math.ceil(config.num_train_epochs * per_epoch))
+
+
+def _record(asked: dict[str, Any], prefix: PrefixConfig, base: LoadedBase) -> dict[str, Any]:
+    from prefixtune import __version__
+
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    return {"version": __version__, "asked": asked, "prefix": prefix.to_dict(), "dtype": dtype}
+
+
+def _finish(
+    trainer: PrefixTrainer,
+    output: Path,
+    model: PrefixModel,
+    base_loss: float | None,
+    seconds: float,
+    learning_rate: float,
+    report: DataReport,
+    base: LoadedBase,
+) -> TrainResult:
+    """Write the prefix: the best by evaluation loss where there was an evaluation, else the last."""
+    eval_loss = best_step = None
+    if trainer.eval_dataset:
+        if (
+            not trainer.state.log_history
+            or trainer.state.log_history[-1].get("step") != trainer.state.global_step
+        ) or "eval_loss" not in trainer.state.log_history[-1]:
+            trainer.evaluate()
+        eval_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = TrainResult(
+        output=str(output),
+        steps=trainer.state.global_step,
+        train_rows=report.examples,
+        target_tokens=report.target_tokens,
+        train_loss=losses[-1] if losses else None,
+        base_loss=base_loss,
+        eval_loss=eval_loss,
+        best_step=best_step,
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        prefix_file_bytes=0,
+        train_seconds=seconds,
+        learning_rate=learning_rate,
+        dtype=str(base.model.dtype).removeprefix("torch."),
+    )
+    if best_step is not None and best_step != trainer.state.global_step:
+        best = PrefixModel.from_pretrained(base.model, output / "best", is_trainable=True)
+        model.prefix.load_state_dict(best.prefix.state_dict())
+    model.record["training"] = {
+        k: v for k, v in result.to_dict().items() if k not in ("output", "prefix_file_bytes")
+    }
+    with quiet_eval(model):
+        model.save_pretrained(output)
+    size = (output / "prefix.safetensors").stat().st_size
+    return dataclasses.replace(result, prefix_file_bytes=size)

@@ -1,0 +1,254 @@
+"""Trainer with target-token evaluation and batches of similar length, its arguments, its callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from prefixtune.config import TrainConfig
+from prefixtune.errors import MissingExtraError
+from prefixtune.evaluate import target_loss
+from prefixtune.progress import note, progress_bar
+from prefixtune.train.folder import METRICS, cut_metrics
+
+__all__ = ["KeepBest", "LengthGroupedSampler", "PrefixTrainer", "run", "training_arguments"]
+
+WINDOW = 8  # batches: short enough to keep the order random, long enough to bring similar lengths together
+
+
+class PrefixTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose evaluation counts every target token the same; its checkpoints hold the prefix only.
+
+    Args:
+        pad_token_id: fills shorter rows of an evaluation batch.
+        lengths: tokens of each training row, to put rows of similar length into a batch.
+    """
+
+    def __init__(
+        self, *args: Any, pad_token_id: int, lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> None:
+        self.pad_token_id, self.lengths = pad_token_id, lengths
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, seed=self.args.seed)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> Any:
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        batch = self.args.per_device_eval_batch_size
+        loss, tokens = target_loss(
+            model, rows, pad_token_id=self.pad_token_id, batch_size=batch, progress="evaluating"
+        )
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_target_tokens": tokens}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A new random order each epoch, with rows of similar length in a batch; the longest batch comes first.
+
+    Sorted within windows of 8 batches, and the batches are shuffled again, so that lengths do not drift over
+    an epoch. The longest comes first because a batch that does not fit should fail at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a batch.
+        seed: with the epoch's number, decides the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size, window = self.batch_size, self.batch_size * WINDOW
+        batches = []
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=lambda row: self.lengths[row])
+            batches += [rows[first : first + size] for first in range(0, len(rows), size)]
+        full = [batch for batch in batches if len(batch) == size]
+        rest = [
+            batch for batch in batches if len(batch) < size
+        ]  # one at most, and only the last may be short
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        longest = max(range(len(shuffled)), key=lambda i: self.lengths[shuffled[i][-1]], default=0)
+        ordered = [*shuffled[longest : longest + 1], *shuffled[:longest], *shuffled[longest + 1 :], *rest]
+        return (row for batch in ordered for row in batch)
+
+
+def training_arguments(
+    config: TrainConfig, output: Path, *, steps: int, learning_rate: float, evaluates: bool
+) -> Any:
+    """TrainingArguments of a run: ten checkpoints or more and four evaluations, unless told otherwise."""
+    save_steps = config.save_steps or max(1, min(50, steps // 10))  # a killed run repeats a tenth at most
+    eval_steps = config.eval_steps or max(1, math.ceil(steps / 4))
+    same = {
+        name: getattr(config, name)
+        for name in (
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "lr_scheduler_type",
+            "weight_decay",
+            "max_grad_norm",
+            "logging_steps",
+            "save_total_limit",
+            "seed",
+        )
+    }
+    if config.gradient_checkpointing:
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        # renamed within transformers 5
+        same[
+            "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        ] = True
+    return TrainingArguments(
+        **same,
+        output_dir=str(output),
+        learning_rate=learning_rate,
+        max_steps=config.max_steps or -1,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=eval_steps if evaluates else None,
+        save_strategy="steps",
+        save_steps=save_steps,
+        report_to=_report_to(config.report_to),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _report_to(asked: str | None) -> list[str] | str:
+    installed = importlib.util.find_spec("tensorboard") is not None
+    if asked is None:
+        return ["tensorboard"] if installed else "none"
+    names = [name.strip() for name in asked.split(",")]
+    if "tensorboard" in names and not installed:
+        raise MissingExtraError(
+            "report_to=tensorboard: TensorBoard is not installed",
+            hint="pip install 'prefixtune[tensorboard]'",
+        )
+    return names
+
+
+def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | None) -> float:
+    """Train to the end, in seconds; Ctrl-C finishes the step and writes a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: stopped by Ctrl-C.
+    """
+    trainer.remove_callback(PrinterCallback)
+    done = 0
+    if checkpoint:
+        done = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        note(f"resuming from {checkpoint}")
+    cut_metrics(output, done)
+    stop = threading.Event()
+    start = time.perf_counter()
+    with progress_bar("training", total=steps) as advance, _interruptible(stop):
+        trainer.add_callback(_Metrics(output))
+        trainer.add_callback(_Progress(advance, stop))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.is_set() and trainer.state.global_step < steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _interruptible(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C sets `stop`, the second interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        note("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class KeepBest(TrainerCallback):  # type: ignore[misc]
+    """Keeps the prefix with the lowest evaluation loss in best/; its step travels with the checkpoints."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if loss is None or (state.best_metric is not None and loss >= state.best_metric):
+            return
+        state.best_metric, state.best_global_step = loss, state.global_step
+        model.save_pretrained(self.output / "best")
+
+
+class _Metrics(TrainerCallback):  # type: ignore[misc]
+    """Appends every logged number to metrics.jsonl."""
+
+    def __init__(self, output: Path) -> None:
+        self.file = output / METRICS
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Moves the bar, and turns a Ctrl-C into a checkpoint and an orderly end."""
+
+    def __init__(self, advance: Any, stop: threading.Event) -> None:
+        self.advance, self.stop, self.last = advance, stop, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step)
+        self.last = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step - self.last)
+        self.last = state.global_step
+        if self.stop.is_set():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = {"loss": "loss", "eval_loss": "evaluation loss"}
+        for name in shown.keys() & (logs or {}).keys():
+            note(f"step {state.global_step}: {shown[name]} {float(logs[name]):.4f}")
