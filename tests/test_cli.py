@@ -25,7 +25,7 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from tokenizers_for_tests import CHATML, byte_tokenizer
 
 BLOOM = {"model_type": "bloom", "vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16}
-COMMANDS = ("train", "evaluate", "generate", "chat", "inspect", "data")
+COMMANDS = ("quickstart", "train", "evaluate", "generate", "chat", "inspect", "data")
 
 
 def run(*args: Any, stdin: str | None = None) -> Result:
@@ -401,7 +401,7 @@ def test_prefix_brings_its_base_and_its_template(base: Path, trained: Path) -> N
 
 def test_inspect_reads_a_prefix_folder(trained: Path) -> None:
     assert json.loads(succeed("inspect", trained, "--json").stdout)["length"] == 4
-    assert "length: 4" in succeed("inspect", trained).stdout
+    assert "prefix of 4 tokens" in succeed("inspect", "--prefix", trained).stdout
 
 
 def test_evaluate_measures_prefix_and_bare_model(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prefixtune.errors import UnsupportedModelError
 
@@ -136,11 +136,12 @@ class Geometry:
 class Fingerprint:
     """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
 
-    `values` holds sampled numbers of a few tensors by parameter name. Two loads of one checkpoint in float32,
-    float16 or bfloat16 match; a fine-tuned or re-initialised copy does not.
+    `values` holds sampled numbers of a few tensors by parameter name, `dtype` their precision. Two loads of
+    one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little.
     """
 
     values: dict[str, list[float]]
+    dtype: str | None = None
 
     @property
     def digest(self) -> str:
@@ -161,18 +162,22 @@ class Fingerprint:
             flat = weight.detach().reshape(-1)
             index = torch.linspace(0, flat.numel() - 1, SKETCH_VALUES, dtype=torch.float64).round().long()
             values[name] = flat[index.to(flat.device)].float().cpu().tolist()
-        return cls(values=values)
+        return cls(values=values, dtype=str(weights[0][1].dtype).removeprefix("torch."))
 
     def matches(self, other: Fingerprint) -> bool:
-        """True where every tensor that both sampled agrees up to bfloat16 rounding."""
+        """True where all that both sampled is equal, between precisions up to bfloat16's rounding."""
         shared = self.values.keys() & other.values.keys()
-        if not shared:
-            return False
+        rounding = 0.0 if self.dtype == other.dtype else 2**-7
         for name in shared:
             mine, theirs = torch.tensor(self.values[name]), torch.tensor(other.values[name])
-            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=2**-7, atol=1e-7):
+            if mine.shape != theirs.shape or not torch.allclose(
+                mine, theirs, rtol=rounding, atol=rounding * 1e-5
+            ):
                 return False
-        return True
+        return bool(shared)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "values": self.values}
 
 
 def text_config(base: nn.Module) -> Any:
@@ -237,9 +242,3 @@ def _position_limit(config: Any) -> tuple[int | None, bool]:
         if isinstance(limit, int):
             return limit, rotary
     return None, True
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    """The raw bytes of a tensor, for content hashes; bfloat16 included."""
-    flat: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return flat

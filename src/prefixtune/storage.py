@@ -92,7 +92,7 @@ def save_prefix(
             "sha256": digests,
             "config": config.to_dict(),
             "geometry": geometry.to_dict(),
-            "fingerprint": fingerprint.values,
+            "fingerprint": fingerprint.to_dict(),
         }
         (draft / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / CARD).write_text(_card(info), encoding="utf-8")
@@ -133,7 +133,7 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
     try:
         config = PrefixConfig.from_dict(info["config"])
         geometry = Geometry.from_dict(info["geometry"])
-        fingerprint = Fingerprint(values=info["fingerprint"])
+        fingerprint = Fingerprint(**info["fingerprint"])
         digests = dict(info["sha256"])
         tensors = _read_tensors(folder / TENSORS, digests[TENSORS])
         trainable = _read_tensors(folder / TRAINABLE, digests[TRAINABLE]) if TRAINABLE in digests else None

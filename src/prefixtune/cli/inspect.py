@@ -16,24 +16,47 @@ __all__ = ["inspect"]
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", required=False)
+@click.option("--model", help="the same as TARGET, for a model")
+@click.option("--prefix", "prefix_folder", help="the same as TARGET, for a prefix folder")
 @config_options("prefix", only=("length", "projection", "hidden_size"))
 @json_option
-def inspect(target: str, prefix_options: dict[str, Any], as_json: bool) -> None:
+def inspect(
+    target: str | None,
+    model: str | None,
+    prefix_folder: str | None,
+    prefix_options: dict[str, Any],
+    as_json: bool,
+) -> None:
     """Count parameters and bytes without loading weights.
 
     TARGET is a model (name, folder, .gguf file, demo, or a config.json file) or a prefix folder.
     """
-    if (Path(target).expanduser() / "prefix.json").is_file():
+    named = [name for name in (target, model, prefix_folder) if name is not None]
+    if len(named) != 1:
+        raise click.UsageError(
+            "expected one model or one prefix folder, for example: prefixtune inspect demo"
+        )
+    target = named[0]
+    if prefix_folder is not None or (Path(target).expanduser() / "prefix.json").is_file():
         from prefixtune.storage import read_info
 
-        info = read_info(Path(target).expanduser())
+        info = _with_counts(read_info(Path(target).expanduser()), Path(target).expanduser())
         print_json(info) if as_json else _print_info(info)
         return
     config = PrefixConfig(**prefix_options)
     geometry, parameters = _measure(target)
     facts = _facts(geometry, parameters, config)
     print_json(facts) if as_json else _print_facts(geometry, facts, config)
+
+
+def _with_counts(info: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What prefix.json says, and what follows from it: numbers of the baked KV, bytes on disk."""
+    from prefixtune.geometry import Geometry
+    from prefixtune.storage import TENSORS
+
+    numbers = info["length"] * Geometry.from_dict(info["geometry"]).numbers_per_token
+    return {**info, "kv_numbers": numbers, "prefix_file_bytes": (folder / TENSORS).stat().st_size}
 
 
 def _measure(target: str) -> tuple[Any, int]:
@@ -79,16 +102,20 @@ def _uniform(values: Sequence[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _print_facts(geometry: Any, facts: dict[str, Any], config: PrefixConfig) -> None:
+def _print_layers(geometry: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layers", "kv heads", "key dim", "value dim", "window", title=facts["model_type"])
+    table = Table("layers", "kv heads", "key dim", "value dim", "window", title=geometry.model_type)
     for first, last, layer in _runs(geometry.layers):
         name = str(first) if first == last else f"{first} to {last}"
         window = "all" if layer.window is None else str(layer.window)
         table.add_row(name, str(layer.kv_heads), str(layer.key_dim), str(layer.value_dim), window)
     Console().print(table)
+
+
+def _print_facts(geometry: Any, facts: dict[str, Any], config: PrefixConfig) -> None:
+    _print_layers(geometry)
     per_token = facts["kv_cache_bytes_per_token"]
     kind = "with projection" if config.projection else "without projection"
     click.echo(
@@ -111,10 +138,15 @@ def _runs(layers: Sequence[Any]) -> list[tuple[int, int, Any]]:
     return runs
 
 
-def _print_info(info: dict[str, Any], indent: str = "") -> None:
-    for key, value in info.items():
-        if isinstance(value, dict):
-            click.echo(f"{indent}{key}:")
-            _print_info(value, indent + "  ")
-        else:
-            click.echo(f"{indent}{key}: {value}")
+def _print_info(info: dict[str, Any]) -> None:
+    from prefixtune.geometry import Geometry
+
+    geometry = Geometry.from_dict(info["geometry"])
+    _print_layers(geometry)
+    click.echo(
+        f"prefix of {info['length']} tokens for {info['base_name']}, {info['parameterisation']}, "
+        f"template {info['template']}\n"
+        f"KV: {info['kv_numbers']:,} numbers\nprefix file: {info['prefix_file_bytes']:,} bytes"
+    )
+    for name, value in (info["training"] or {}).items():
+        click.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
