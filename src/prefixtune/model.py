@@ -70,17 +70,40 @@ class PrefixModel(nn.Module):
 
     # --- forward and generate
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base's forward with the prefix before every row; ids, masks, positions, caches are the text's.
 
         Args:
-            input_ids: [B, T] token ids (or inputs_embeds=[B, T, hidden]).
+            input_ids: [B, T] token ids (or inputs_embeds [B, T, hidden]).
+            attention_mask: [B, T] or [B, 1, T, T], over the text (cached and new).
+            position_ids: [B, T], counted from the text's first token.
+            past_key_values: the cache that an earlier pass with this prefix returned.
             labels: [B, T] target tokens, -100 elsewhere.
 
         Returns:
             The base's ModelOutput: loss, logits [B, T, vocabulary], past_key_values (of the text), …
+
+        Raises:
+            AttachError: the arguments have no exact meaning with a prefix.
         """
-        if kwargs.get("labels") is not None and self.training:
+        given = {  # by name, because Trainer drops the columns that forward does not name
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        if labels is not None and self.training:
             kwargs.setdefault("use_cache", False)
         with self._attached(self.prefix()):
             return self.base_model(input_ids=input_ids, **kwargs)
@@ -120,20 +143,40 @@ class PrefixModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return bool(getattr(self.base_model, "is_gradient_checkpointing", False))
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute activations in the backward pass; not re-entrant, which loses the prefix's gradient."""
-        options = dict(gradient_checkpointing_kwargs or {})
-        if options.get("use_reentrant"):
+        """Recompute activations in the backward pass; not re-entrant, which loses the prefix's gradient.
+
+        Args:
+            activation_checkpointing_kwargs: for torch.utils.checkpoint.
+            options: every_n_layers and offload, where the installed transformers knows them.
+        """
+        function = dict(activation_checkpointing_kwargs or {})
+        if function.get("use_reentrant"):
             raise AttachError(
                 "re-entrant checkpointing gives a prefix no gradient", hint="use_reentrant=False"
             )
-        options["use_reentrant"] = False
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        function["use_reentrant"] = False
+        base: Any = self.base_model
+        if hasattr(base, "activation_checkpointing_enable"):  # renamed within transformers 5
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=function, **options)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=function, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing_disable()
 
     def gradient_checkpointing_disable(self) -> None:
-        self.base_model.gradient_checkpointing_disable()  # type: ignore[operator]
+        base: Any = self.base_model
+        newer = getattr(base, "activation_checkpointing_disable", None)
+        (newer or base.gradient_checkpointing_disable)()
 
     def get_input_embeddings(self) -> nn.Module:
         module: nn.Module = self.base_model.get_input_embeddings()  # type: ignore[operator]
@@ -145,6 +188,9 @@ class PrefixModel(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: the prefix itself carries the gradient."""
+
+    def can_generate(self) -> bool:
+        return bool(self.base_model.can_generate())  # type: ignore[operator]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable numbers, all numbers), base included."""
