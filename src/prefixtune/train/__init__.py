@@ -4,7 +4,7 @@ Reading order: `session` (from options to a finished run), `trainer` (Trainer, i
 at a step), `folder` (what is on disk). Knows data and models by name only.
 """
 
-from prefixtune.train.session import LEARNING_RATES, TrainResult, train
+from prefixtune.train.session import TrainResult, default_learning_rate, train
 from prefixtune.train.trainer import PrefixTrainer
 
-__all__ = ["LEARNING_RATES", "PrefixTrainer", "TrainResult", "train"]
+__all__ = ["PrefixTrainer", "TrainResult", "default_learning_rate", "train"]

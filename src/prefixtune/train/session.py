@@ -23,10 +23,11 @@ from prefixtune.progress import note
 from prefixtune.train.folder import last_checkpoint, open_run, record_run
 from prefixtune.train.trainer import KeepBest, PrefixTrainer, run, training_arguments
 
-__all__ = ["LEARNING_RATES", "TrainResult", "train"]
+__all__ = ["TrainResult", "default_learning_rate", "train"]
 
-# KV numbers are of size 1 to 2 and need large steps; the projection moves all of them at once
-LEARNING_RATES = {"direct": 2e-2, "projection": 5e-4}
+DIRECT_LEARNING_RATE = 2e-2  # KV numbers are of size 1 to 2 and need large steps (docs/adr/0002)
+# a step of the projection moves every KV number by a sum over its hidden layer
+PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,8 @@ def train(
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
     steps = _planned_steps(config, len(examples))
-    kind = "projection" if prefix_config.projection else "direct"
-    learning_rate = config.learning_rate or LEARNING_RATES[kind]
+    hidden_size = prefix_config.hidden_size or prefix_model.geometry.hidden_size
+    learning_rate = config.learning_rate or default_learning_rate(prefix_config, hidden_size)
     pad = ending(base.model, base.tokenizer)["pad_token_id"]
     arguments = training_arguments(
         config, output, steps=steps, learning_rate=learning_rate, evaluates=bool(eval_examples)
@@ -131,6 +132,13 @@ def train(
     note(f"{steps} steps, learning rate {learning_rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
     seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
     return _finish(trainer, output, prefix_model, base_loss, seconds, learning_rate, report, base)
+
+
+def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
+    """By parameterisation; of the projection, falling with the square root of its hidden size."""
+    if not config.projection:
+        return DIRECT_LEARNING_RATE
+    return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
 
 
 def _trainer(**arguments: Any) -> PrefixTrainer:
