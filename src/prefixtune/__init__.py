@@ -12,7 +12,7 @@ from prefixtune.config import PrefixConfig
 from prefixtune.errors import PrefixTuneError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from prefixtune.attach import attach
+    from prefixtune.attachment import attach
     from prefixtune.geometry import Geometry
     from prefixtune.model import PrefixModel
     from prefixtune.prefix import Prefix, PrefixKV
@@ -35,7 +35,7 @@ _LAZY = {
     "Prefix": "prefixtune.prefix",
     "PrefixKV": "prefixtune.prefix",
     "PrefixModel": "prefixtune.model",
-    "attach": "prefixtune.attach",
+    "attach": "prefixtune.attachment",
 }
 
 

@@ -6,11 +6,13 @@ Knows shapes, position limits and how to recognise a base model again. Knows no 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ __all__ = ["Fingerprint", "Geometry", "LayerGeometry", "quiet_eval", "text_confi
 
 SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and others spread over the depth
 SKETCH_VALUES = 48  # values sampled from each
+
+
+_PROBED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class Geometry:
     max_positions: int | None = (
         None  # beyond this the model has no position embedding; None: no such limit known
     )
+    positions_from_mask: bool = False  # OPT numbers the tokens that its mask shows, and no others
     positions_extrapolate: bool = True  # rotary and alibi models run on beyond max_positions, if badly
 
     @property
@@ -81,26 +87,16 @@ class Geometry:
     def probe(cls, base: nn.Module) -> Geometry:
         """Run one token through `base` (on any device, meta included) and read the shapes from its cache.
 
-        Raises:
-            UnsupportedModelError: a layer keeps its state in something other than a key/value cache.
-        """
-        from transformers import DynamicCache
+        With weights, four tokens more tell whether the model is causal and how it counts positions.
 
+        Raises:
+            UnsupportedModelError: a layer keeps its state in something other than a key/value cache, tokens
+                see later ones, or positions do not begin at 0.
+        """
+        if base in _PROBED:
+            return _PROBED[base]
         config = text_config(base)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"{config.model_type} is an encoder-decoder; a prefix is a KV cache of a decoder-only model"
-            )
-        cache = DynamicCache()
-        token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
-        with quiet_eval(base), _meta_ready(base):
-            try:
-                base(input_ids=token, past_key_values=cache, use_cache=True)
-            except (IndexError, ValueError, AttributeError, TypeError, NotImplementedError) as error:
-                raise UnsupportedModelError(
-                    f"{type(base).__name__} did not run one token with a plain key/value cache: {error}",
-                    hint="models with state-space, linear-attention or other recurrent layers have no prefix",
-                ) from error
+        cache = _cache_of_one_token(base)
         windows = _windows(config)
         layers = []
         for index in range(max(len(cache.layers), config.num_hidden_layers)):
@@ -123,13 +119,18 @@ class Geometry:
                 )
             )
         limit, extrapolate = _position_limit(config)
-        return cls(
+        has_weights = _device(base).type != "meta"
+        geometry = cls(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
             layers=tuple(layers),
             max_positions=limit,
             positions_extrapolate=extrapolate,
+            positions_from_mask=_counts_the_mask(base) if has_weights else False,
         )
+        if has_weights:
+            _PROBED[base] = geometry
+        return geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,73 @@ def _meta_ready(base: nn.Module) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def _cache_of_one_token(base: nn.Module) -> Any:
+    from transformers import DynamicCache
+
+    config = text_config(base)
+    crossed = any(name.endswith("encoder_attn") for name, _ in base.named_modules())
+    if getattr(config, "is_encoder_decoder", False) or crossed:
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder, or half of one; a prefix needs a decoder-only model"
+        )
+    cache = DynamicCache()
+    token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
+    with quiet_eval(base), _meta_ready(base), _unsupported_unless_it_runs(base):
+        base(input_ids=token, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@contextmanager
+def _unsupported_unless_it_runs(base: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} ({text_config(base).model_type}) did not run a few tokens with a plain "
+            f"key/value cache: {error}",
+            hint="models with state-space, linear-attention or other recurrent layers have no prefix",
+        ) from error
+
+
+def _counts_the_mask(base: nn.Module) -> bool:
+    """Whether positions count the mask's ones and not columns; checks that a KV cache can stand for text.
+
+    Raises:
+        UnsupportedModelError: a token sees later ones, or positions do not begin at 0.
+    """
+    device, kind = _device(base), f"{type(base).__name__} ({text_config(base).model_type})"
+    ids = (torch.arange(4, device=device) * 131 + 7)[None] % text_config(base).vocab_size
+    other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    hole = torch.tensor([[1, 1, 0, 1]], device=device)
+
+    def logits(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        found: torch.Tensor = base(input_ids=tokens, use_cache=False, **options).logits.float()
+        return found
+
+    with quiet_eval(base), _unsupported_unless_it_runs(base):
+        plain = logits(ids)
+        # a mixture's experts round by how many tokens they get, hence not 0
+        tolerance = (
+            1e-4 if next(base.parameters()).dtype in (torch.float32, torch.float64) else 0.05
+        ) * plain.std()
+        if not bool((plain - logits(other))[:, :-1].abs().max() <= tolerance):
+            raise UnsupportedModelError(
+                f"{kind}: its tokens see later ones, so no KV cache stands for a text",
+                hint="set is_decoder=True where the architecture has a causal form",
+            )
+        if "position_ids" not in inspect.signature(base.forward).parameters:
+            return False
+        positions = torch.arange(4, device=device)[None]
+        if not bool((plain - logits(ids, position_ids=positions)).abs().max() <= tolerance):
+            raise UnsupportedModelError(
+                f"{kind}: its positions do not begin at 0, so it numbers the text after a prefix differently"
+            )
+        masked = logits(ids, attention_mask=hole, position_ids=positions)[:, -1]
+        return not bool((logits(ids, attention_mask=hole)[:, -1] - masked).abs().max() <= tolerance)
 
 
 def _device(base: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attach import attach_pairs, supported
+from prefixtune.attachment import attach_pairs, supported
 from prefixtune.config import PrefixConfig
 from prefixtune.errors import AttachError, ConfigError, StorageError
 from prefixtune.geometry import Fingerprint, Geometry, text_config
@@ -117,7 +117,9 @@ class PrefixModel(nn.Module):
 
     @contextmanager
     def _attached(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        with attach_pairs(self.base_model, pairs, name=self._name):
+        # a cache from before an optimizer step was computed behind another prefix
+        version = sum(parameter._version for parameter in self.prefix.parameters())
+        with attach_pairs(self.base_model, pairs, name=f"{self._name}-{version}"):
             yield
 
     # --- the habits of a PreTrainedModel
@@ -251,7 +253,7 @@ class PrefixModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._put_together(base, prefix.to(next(base.parameters()).device), geometry)
-        model.record = {key: stored.info[key] for key in ("template", "training", "quantization")}
+        model.record = {key: stored.info.get(key) for key in ("template", "training", "quantization")}
         model.prefix.requires_grad_(is_trainable)
         return model.train(is_trainable)
 

@@ -114,6 +114,7 @@ class PrefixKV:
             raise ConfigError(
                 "from_tokens: a prefix is attached to this model", hint="leave attach(...) first"
             )
+        Geometry.probe(base)
         cache = DynamicCache()  # without a config no layer forgets what left its window
         with quiet_eval(base):
             base(

@@ -144,6 +144,11 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
             )
         )
         kv.check(geometry)
+        if config.length != kv.length:
+            raise StorageError(
+                f"{folder}: {INFO} tells of {config.length} virtual tokens, the tensors hold {kv.length}",
+                hint="the folder is damaged; restore or retrain it",
+            )
     except StorageError:
         raise
     except (KeyError, TypeError, AttributeError, PrefixTuneError) as error:
@@ -199,12 +204,20 @@ def _exchange(draft: Path, target: Path) -> None:
     if not target.exists():
         draft.rename(target)
         return
-    target.mkdir(exist_ok=True)
-    stale = target / TRAINABLE
-    if stale.exists() and not (draft / TRAINABLE).exists():
-        stale.unlink()
-    for file in sorted(draft.iterdir(), key=lambda path: path.name == INFO):  # the checksums last
-        os.replace(file, target / file.name)
+    names = sorted((file.name for file in draft.iterdir()), key=lambda name: name == INFO)  # checksums last
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as old:
+        for name in {*names, TRAINABLE}:
+            if (target / name).exists():
+                os.link(target / name, Path(old) / name)
+        try:
+            for name in names:
+                os.replace(draft / name, target / name)
+            if TRAINABLE not in names:
+                (target / TRAINABLE).unlink(missing_ok=True)
+        except BaseException:
+            for file in Path(old).iterdir():
+                os.rename(file, target / file.name)
+            raise
     _sync(target)
 
 

@@ -15,7 +15,7 @@ from prefixtune.errors import AttachError
 from prefixtune.geometry import text_config
 
 if TYPE_CHECKING:
-    from prefixtune.attach.session import Session
+    from prefixtune.attachment.session import Session
 
 __all__ = ["View", "inner_mask", "inner_positions"]
 
@@ -113,13 +113,15 @@ def inner_mask(
             raise AttachError(
                 "a 4D attention_mask gives alibi no token counts; use a 2D mask with this model"
             )
-        hidden = (
-            0 if mask.dtype == torch.bool or not mask.is_floating_point() else torch.finfo(mask.dtype).min
-        )
-        seen = 0 if mask.is_floating_point() else 1
+        if not mask.is_floating_point():  # eager attention adds the mask, whatever its type
+            kind = next(session.base.parameters()).dtype
+            mask = torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(
+                mask == 0, torch.finfo(kind).min
+            )
         mask = mask.expand(len(lengths), -1, -1, -1)
         shape = (*mask.shape[:3], longest)
-        front = torch.where(before[:, None, None, :], seen, hidden).to(mask.dtype).expand(shape)
+        hidden = torch.finfo(mask.dtype).min
+        front = torch.where(before[:, None, None, :], 0.0, hidden).to(mask.dtype).expand(shape)
         return torch.cat([front, mask], dim=3)
     inner = torch.nn.functional.pad(mask, (longest, 0))
     pads = view.pads if view.pads is not None else torch.zeros_like(lengths)

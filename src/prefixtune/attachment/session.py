@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attach.forward import forward_with_prefix
+from prefixtune.attachment.forward import forward_with_prefix
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
@@ -40,8 +40,12 @@ def attach(base: nn.Module, prefixes: PrefixKV | Sequence[PrefixKV | None]) -> I
         >>> with attach(base, [kv_a, None, kv_b]):                             # doctest: +SKIP
         ...     base.generate(**batch, max_new_tokens=8)
     """
-    rows = [prefixes] if isinstance(prefixes, PrefixKV) else list(prefixes)
-    if not rows or any(row is not None and not isinstance(row, PrefixKV) for row in rows):
+    rows = [prefixes] if isinstance(prefixes, PrefixKV) else prefixes
+    if (
+        not isinstance(rows, list | tuple)
+        or not rows
+        or any(row is not None and not isinstance(row, PrefixKV) for row in rows)
+    ):
         raise AttachError(
             f"attach: expected a PrefixKV, or a list of PrefixKV and None; got {prefixes!r:.80}"
         )
@@ -83,6 +87,13 @@ def supported(base: nn.Module) -> Geometry:
         try:
             if not next(base.parameters()).is_meta:
                 _check_oracle(base)
+        except (LookupError, RuntimeError) as error:
+            del _SUPPORTED[base]
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedModelError(
+                f"{type(base).__name__} ({geometry.model_type}) did not run with a prefix: {error}"
+            ) from error
         except BaseException:
             del _SUPPORTED[base]
             raise

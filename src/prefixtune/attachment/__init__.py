@@ -14,6 +14,6 @@ Reading order: `session` (what is attached, and the hooks), `forward` (one pass 
 cache, mask and positions that the decoder sees).
 """
 
-from prefixtune.attach.session import attach, attach_pairs, supported
+from prefixtune.attachment.session import attach, attach_pairs, supported
 
 __all__ = ["attach", "attach_pairs", "supported"]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from prefixtune.attach.view import View, inner_mask, inner_positions
+from prefixtune.attachment.view import View, inner_mask, inner_positions
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import text_config
 
 if TYPE_CHECKING:
-    from prefixtune.attach.session import Session
+    from prefixtune.attachment.session import Session
 
 __all__ = ["forward_with_prefix"]
 
@@ -47,7 +47,8 @@ def forward_with_prefix(
 
     call["past_key_values"], call["use_cache"] = view, text is not None
     call["attention_mask"] = inner_mask(session, view, mask, lengths, past + queries)
-    if "position_ids" in signature.parameters:
+    model_counts = session.geometry.positions_from_mask and (mask is None or mask.dim() == 2)
+    if "position_ids" in signature.parameters and not (model_counts and call.get("position_ids") is None):
         call["position_ids"] = inner_positions(call.get("position_ids"), lengths, pads, past, queries)
     if call.get("cache_position") is not None:
         call["cache_position"] = call["cache_position"] + view.length
@@ -144,9 +145,9 @@ def _refuse_packed(call: dict[str, Any], mask: Tensor | None, past: int) -> None
     positions = call.get("position_ids")
     if positions is None or mask is not None or past or positions.dim() != 2 or positions.shape[1] < 2:
         return
-    if bool((positions[:, 1:] <= positions[:, :-1]).any()):
+    if bool((positions[:, 1:] - positions[:, :-1] != 1).any()):
         raise AttachError(
-            "position_ids restart within a row: packed documents need a 4D attention_mask",
+            "position_ids jump or restart within a row: packed documents need a 4D attention_mask",
             hint="give [B, 1, T, T] with one causal block per document, so that no document sees another",
         )
 
@@ -161,6 +162,7 @@ def _check_positions(
     for kind in kinds:
         if kind.get("rope_type") in ("longrope", "dynamic"):  # the rotation of cached keys would change
             limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    _check_scaled_by_column(config, longest, total, longest - lengths + (pads if pads is not None else 0))
     if limit is None or longest + total <= limit:
         return
     needed = int((lengths + total - (pads if pads is not None else 0)).max())
@@ -168,6 +170,19 @@ def _check_positions(
         raise AttachError(
             f"prefix and text take {needed} positions; with {config.model_type} it is exact up to {limit}",
             hint="shorten the text, or the prefix",
+        )
+
+
+def _check_scaled_by_column(config: Any, longest: int, total: int, shift: Tensor) -> None:
+    """Llama 4 scales attention by column; `shift` [B] is how far a row's columns are from its positions."""
+    every_layer_rotates = all(getattr(config, "no_rope_layers", None) or [1])
+    if not getattr(config, "attn_temperature_tuning", False) or every_layer_rotates:
+        return
+    if longest + total >= config.floor_scale and bool((shift > 0).any()):
+        raise AttachError(
+            f"{config.model_type} scales attention by column from {config.floor_scale} on: rows with pads or "
+            "prefixes of unequal length are exact below it only",
+            hint="give rows of equal length, or one row at a time",
         )
 
 

@@ -1,0 +1,282 @@
+"""A prefix comes back from disk to the bit, on its own base only, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import A, B, bare, every_family, logits, outcome
+from torch import Tensor
+
+from families import tiny_model
+from prefixtune import PrefixConfig, PrefixModel
+from prefixtune.errors import StorageError, UnsupportedModelError
+
+both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+
+
+def trained(family: str, *, projection: bool = False, seed: int = 0) -> PrefixModel:
+    """A prefix after one optimizer step, so that it is nothing that a start could give."""
+    torch.manual_seed(seed)
+    model = PrefixModel(bare(family), PrefixConfig(length=5, projection=projection))
+    gradients(model)
+    torch.optim.AdamW(model.parameters(), lr=0.05).step()
+    model.zero_grad()
+    return model.eval()
+
+
+def gradients(model: PrefixModel) -> list[Tensor]:
+    model.zero_grad()
+    model(input_ids=B, labels=B).loss.backward()
+    return [parameter.grad.clone() for parameter in model.prefix.parameters()]
+
+
+def tensors(model: PrefixModel) -> list[Tensor]:
+    return [tensor for layer in model.prefix.bake().layers for tensor in (layer.key, layer.value)]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@every_family
+@both_parameterisations
+def test_saved_prefix_serves_and_trains_as_before_to_the_bit(
+    family: str, projection: bool, tmp_path: Path
+) -> None:
+    model = trained(family, projection=projection)
+    model.save_pretrained(tmp_path / "prefix")
+    served = PrefixModel.from_pretrained(bare(family), tmp_path / "prefix")
+    assert same(tensors(served), tensors(model))
+    assert torch.equal(logits(served, B), logits(model, B))
+    assert not any(parameter.requires_grad for parameter in served.parameters())
+    again = PrefixModel.from_pretrained(bare(family), tmp_path / "prefix", is_trainable=True).eval()
+    assert same(tensors(again), tensors(model))
+    assert same(list(again.prefix.parameters()), list(model.prefix.parameters()))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert same(gradients(again), gradients(model))
+    assert min(gradient.abs().max().item() for gradient in gradients(again)) > 0
+
+
+@every_family
+@both_parameterisations
+def test_state_dict_holds_the_prefix_only_and_restores_it(family: str, projection: bool) -> None:
+    model, other = trained(family, projection=projection), trained(family, projection=projection, seed=1)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert all(name.startswith("prefix.") for name in state)
+    assert len(state) == len(list(model.prefix.parameters()))
+    assert not same(tensors(other), tensors(model))
+    other.load_state_dict(state)
+    assert same(tensors(other), tensors(model))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(dict(list(state.items())[1:]))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict({**state, "prefix.unknown": torch.zeros(1)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    trained("llama", projection=True).save_pretrained(tmp_path / "prefix")
+    return tmp_path / "prefix"
+
+
+def load(folder: Path, base: Any = None, *, is_trainable: bool = True) -> PrefixModel:
+    return PrefixModel.from_pretrained(base or bare("llama"), folder, is_trainable=is_trainable)
+
+
+def test_base_with_other_weights_is_refused(folder: Path) -> None:
+    with pytest.raises(StorageError, match="other weights"):
+        load(folder, tiny_model("llama", seed=1))
+
+
+@pytest.mark.parametrize("change", [0.05, -0.05])
+def test_base_with_one_changed_matrix_is_refused(folder: Path, change: float) -> None:
+    base = tiny_model("llama")
+    base.get_input_embeddings().weight.data.add_(change)
+    with pytest.raises(StorageError, match="other weights"):
+        load(folder, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_base_in_another_precision_is_the_same_base(folder: Path, dtype: torch.dtype) -> None:
+    assert same(tensors(load(folder, tiny_model("llama", dtype=dtype))), tensors(load(folder)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "qwen3", "gemma2", "falcon-mqa"])
+def test_base_of_another_architecture_is_refused(folder: Path, family: str) -> None:
+    with pytest.raises((StorageError, UnsupportedModelError), match="trained on"):
+        load(folder, bare(family))
+
+
+@pytest.mark.parametrize("name", ["prefix.safetensors", "trainable.safetensors"])
+@pytest.mark.parametrize("place", [0, 9, 0.5, -1])
+def test_one_changed_byte_is_found(folder: Path, name: str, place: float) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[place if isinstance(place, int) else int(len(data) * place)] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(StorageError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["prefix.safetensors", "trainable.safetensors", "prefix.json"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_truncated_file_is_found(folder: Path, name: str, kept: float) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(StorageError, match=name):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["prefix.safetensors", "trainable.safetensors", "prefix.json"])
+def test_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(StorageError, match=name):
+        load(folder)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def _without(*names: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda info: [info.pop(name) for name in names]
+
+
+def _nested(outer: str, **values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda info: info[outer].update(values)
+
+
+TAMPERINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "newer schema": lambda info: info.update(schema=2),
+    "no schema": _without("schema"),
+    "no config": _without("config"),
+    "no geometry": _without("geometry"),
+    "no fingerprint": _without("fingerprint"),
+    "no checksums": _without("sha256"),
+    "no training record": _without("template", "training", "quantization"),
+    "checksum of nothing": lambda info: info["sha256"].update({"prefix.safetensors": "0" * 64}),
+    "longer prefix": _nested("config", length=7),
+    "narrower projection": _nested("config", hidden_size=8),
+    "no projection": _nested("config", projection=False, hidden_size=None),
+    "unknown option": _nested("config", colour="red"),
+    "wrong type of option": _nested("config", length="five"),
+    "no layers": _nested("geometry", layers=[]),
+    "other heads": lambda info: info["geometry"]["layers"][0].update(kv_heads=3),
+    "empty fingerprint": lambda info: info.update(fingerprint={}),
+    "fingerprint that is no table": lambda info: info.update(fingerprint=[1, 2]),
+    "fingerprint of words": lambda info: info.update(fingerprint={"model.embed_tokens.weight": ["a"]}),
+}
+
+
+@pytest.mark.parametrize("tampering", TAMPERINGS)
+@pytest.mark.parametrize("is_trainable", [False, True], ids=["to serve", "to train"])
+def test_tampered_json_is_refused_or_changes_nothing(
+    folder: Path, tampering: str, is_trainable: bool
+) -> None:
+    expected = logits(load(folder, is_trainable=is_trainable).eval(), B)
+    info = json.loads((folder / "prefix.json").read_text())
+    TAMPERINGS[tampering](info)
+    (folder / "prefix.json").write_text(json.dumps(info))
+    found = outcome(lambda: load(folder, is_trainable=is_trainable), StorageError)
+    if isinstance(found, StorageError):
+        assert len(str(found)) > 40
+    else:
+        assert torch.equal(logits(found.eval(), B), expected)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", '"prefix"', "\x00"])
+def test_json_that_is_no_record_is_refused(folder: Path, text: str) -> None:
+    (folder / "prefix.json").write_text(text)
+    with pytest.raises(StorageError, match=r"prefix\.json"):
+        load(folder)
+
+
+class _Payload:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+def test_pickle_in_place_of_the_tensors_is_never_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("prefix.safetensors", "trainable.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(_Payload()))
+    info = json.loads((folder / "prefix.json").read_text())
+    for name in info["sha256"]:
+        info["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "prefix.json").write_text(json.dumps(info))
+    with pytest.raises(StorageError, match="safetensors"):
+        load(folder)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def fail_at(count: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, except that its call number `count` (from 1) and all later ones meet a full disk."""
+    calls = [0]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] >= count:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("call", ["save_file", "_sync"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_save_that_fails_half_way_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int
+) -> None:
+    model = trained("llama", projection=True)
+    import prefixtune.storage as storage
+
+    monkeypatch.setattr(storage, call, fail_at(count, getattr(storage, call)))
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path / "prefix")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["storage.save_file", "storage._sync", "os.replace", "os.rename"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_save_that_fails_over_an_older_prefix_leaves_one_of_them_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int
+) -> None:
+    old, new = load(folder), trained("llama", projection=True, seed=9)
+    target = {"storage": "prefixtune.storage", "os": "os"}
+    module, name = call.split(".")
+    with monkeypatch.context() as patch:
+        original = getattr(__import__(target[module], fromlist=[name]), name)
+        patch.setattr(f"{target[module]}.{name}", fail_at(count, original))
+        failure = outcome(lambda: new.save_pretrained(folder), OSError)
+    assert failure is None or "No space" in str(failure)
+    found = load(folder)
+    assert same(tensors(found), tensors(old)) or same(tensors(found), tensors(new))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+def test_saving_over_an_older_prefix_replaces_all_of_it(folder: Path, projection: bool) -> None:
+    (folder / "run.json").write_text("{}")
+    new = trained("llama", projection=projection, seed=9)
+    new.save_pretrained(folder)
+    assert same(tensors(load(folder)), tensors(new))
+    assert same(list(load(folder).prefix.parameters()), list(new.prefix.parameters()))
+    assert (folder / "run.json").read_text() == "{}"
+    assert (folder / "trainable.safetensors").exists() == projection
+
+
+def test_sizes_on_disk_are_those_of_the_tensors(tmp_path: Path) -> None:
+    model = PrefixModel(bare("llama"), PrefixConfig(length=A.shape[1]))
+    model.save_pretrained(tmp_path / "prefix")
+    numbers = sum(parameter.numel() for parameter in model.prefix.parameters())
+    assert 0 < (tmp_path / "prefix" / "prefix.safetensors").stat().st_size - 4 * numbers < 4096

@@ -1,0 +1,166 @@
+"""A plain transformers.Trainer trains a prefix; what it saves is the prefix, and it resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import A, without_dropout
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from families import VOCAB, tiny_model
+from prefixtune import PrefixConfig, PrefixModel
+from prefixtune.data import Collator, Example
+from prefixtune.train import PrefixTrainer
+
+few_families = pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
+both_trainers = pytest.mark.parametrize("kind", ["plain", "ours"])
+
+
+def rows() -> list[Example]:
+    """Eight texts of unequal length, from 1 to 8 targets each, all towards one token."""
+    generator = torch.Generator().manual_seed(17)
+    made = []
+    for targets in (1, 8, 2, 7, 3, 6, 4, 5):
+        ids = torch.randint(3, VOCAB, (3 + targets,), generator=generator).tolist()
+        ids[3:] = [11] * targets
+        labels = (-100, -100, -100, *ids[3:])
+        made.append(Example(input_ids=tuple(ids), labels=labels, origin=f"rows:{targets}", truncated=0))
+    return made
+
+
+def fresh(family: str, *, projection: bool = False) -> PrefixModel:
+    torch.manual_seed(2)
+    config = PrefixConfig(length=5, projection=projection, init="tokens", init_tokens=tuple(A[0].tolist()))
+    return without_dropout(PrefixModel(tiny_model(family), config))
+
+
+def trainer(kind: str, model: PrefixModel, output: Path, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "log_level": "error",
+        "seed": 5,
+        **options,
+    }
+    arguments = TrainingArguments(output_dir=str(output), **settings)
+    shared = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows(),
+        "eval_dataset": rows()[:3],
+        "data_collator": Collator(0),
+    }
+    return Trainer(**shared) if kind == "plain" else PrefixTrainer(**shared, pad_token_id=0)
+
+
+def tensors(model: PrefixModel) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.prefix.parameters()]
+
+
+@torch.no_grad()
+def target_loss(model: PrefixModel) -> float:
+    """Mean over all targets of all rows, one row at a time."""
+    model.eval()
+    scores, targets = [], []
+    for row in rows():
+        scores.append(model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1])
+        targets.append(torch.tensor(row.labels[1:]))
+    model.train()
+    return cross_entropy(torch.cat(scores), torch.cat(targets)).item()
+
+
+@few_families
+@both_trainers
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+def test_trainer_moves_the_prefix_and_nothing_else(
+    family: str, kind: str, projection: bool, tmp_path: Path
+) -> None:
+    model = fresh(family, projection=projection)
+    base = {name: weights.clone() for name, weights in model.base_model.state_dict().items()}
+    start, before = tensors(model), target_loss(model)
+    rate = 0.005 if projection else 0.05
+    trainer(kind, model, tmp_path, learning_rate=rate).train()
+    assert target_loss(model) < 0.9 * before
+    assert all(not torch.equal(now, then) for now, then in zip(tensors(model), start, strict=True))
+    assert all(torch.equal(weights, base[name]) for name, weights in model.base_model.state_dict().items())
+
+
+@few_families
+@both_trainers
+def test_checkpoint_holds_the_prefix_only_and_resumes_as_if_never_interrupted(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = fresh(family)
+    trainer(kind, whole, tmp_path, **saving).train()
+    (checkpoint,) = tmp_path.glob("checkpoint-3")
+    (file,) = checkpoint.glob("model*")
+    with safe_open(file, "pt") as saved:
+        assert sorted(saved.keys()) == sorted(whole.state_dict())
+    resumed = fresh(family)
+    trainer(kind, resumed, tmp_path, **saving).train(resume_from_checkpoint=str(checkpoint))
+    for found, expected in zip(tensors(resumed), tensors(whole), strict=True):
+        assert torch.equal(found, expected)
+
+
+@few_families
+@both_trainers
+def test_accumulated_batches_equal_one_large_batch_weighted_by_targets(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """SGD's step is the gradient itself; Adam's would hide its scale."""
+    plain = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "max_grad_norm": 0.0}
+    large, small = fresh(family), fresh(family)
+    trainer(kind, large, tmp_path, per_device_train_batch_size=4, **plain).train()
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer(kind, small, tmp_path, **split, **plain).train()
+    for found, expected, start in zip(tensors(small), tensors(large), tensors(fresh(family)), strict=True):
+        assert (expected - start).abs().max() > 1e-3
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@few_families
+def test_logged_loss_is_the_mean_over_targets(family: str, tmp_path: Path) -> None:
+    model = fresh(family)
+    expected = target_loss(model)
+    run = trainer("plain", model, tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=8)
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=2e-4)
+
+
+@few_families
+@both_trainers
+def test_checkpointed_training_ends_in_the_same_prefix(family: str, kind: str, tmp_path: Path) -> None:
+    plain, checkpointed = fresh(family), fresh(family)
+    trainer(kind, plain, tmp_path, max_steps=2).train()
+    trainer(kind, checkpointed, tmp_path, max_steps=2, gradient_checkpointing=True).train()
+    assert checkpointed.is_gradient_checkpointing
+    for found, expected in zip(tensors(checkpointed), tensors(plain), strict=True):
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+@few_families
+@both_trainers
+def test_evaluation_between_steps_changes_no_step(family: str, kind: str, tmp_path: Path) -> None:
+    plain, evaluated = fresh(family), fresh(family)
+    trainer(kind, plain, tmp_path, max_steps=4).train()
+    run = trainer(kind, evaluated, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1)
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    for found, expected in zip(tensors(evaluated), tensors(plain), strict=True):
+        assert torch.equal(found, expected)
