@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test check bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a minute or two, the most of it for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
@@ -15,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/prefixtune quickstart --output runs/quickstart
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
