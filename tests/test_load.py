@@ -104,16 +104,6 @@ def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
         empty_model(str(tmp_path))
 
 
-def test_encoder_is_refused_and_gpt_neox_is_not(tmp_path: Path) -> None:
-    """Both configurations say is_decoder=False; only one of the models looks ahead."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    bert = hf.BertConfig(**sizes, vocab_size=50, initializer_range=0.25)
-    hf.AutoModelForCausalLM.from_config(bert).save_pretrained(tmp_path / "bert")
-    assert "encoder" in refused(tmp_path / "bert").message
-    tiny_model("gpt-neox").save_pretrained(tmp_path / "neox")
-    assert load_base(str(tmp_path / "neox")).model.config.model_type == "gpt_neox"
-
-
 def test_names_that_are_no_models_say_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "prefix").mkdir()
     (tmp_path / "prefix" / "prefix.json").write_text("{}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, get_args, get_type_hints
@@ -43,6 +44,8 @@ class _Config:
         plain = tuple(kind for kind in allowed if isinstance(kind, type))
         if isinstance(value, bool) and bool not in plain:
             raise ConfigError(f"{name}: expected {_names(plain)}; got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: expected a number; got {value}")
         if isinstance(value, int) and not isinstance(value, bool) and int not in plain and float in plain:
             return float(value)  # TOML and JSON write 1 where 1.0 is meant
         if isinstance(value, float) and int in plain and float not in plain and value.is_integer():
@@ -119,7 +122,7 @@ class PrefixConfig(_Config):
             raise ConfigError(
                 "hidden_size: only the projection has a hidden layer", hint="add projection=True"
             )
-        if self.init == "text" and not self.init_text:
+        if self.init == "text" and not (self.init_text or "").strip():
             raise ConfigError("init=text needs init_text", hint='for example init_text="Summarise the mail:"')
         if self.init_text is not None and self.init != "text":
             raise ConfigError(f"init_text is given, but init is {self.init}", hint="use init=text")
@@ -206,5 +209,10 @@ class TrainConfig(_Config):
             "save_steps",
             "save_total_limit",
         )
+        for name in ("weight_decay", "max_grad_norm"):  # of which 0 switches off
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more; got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio: expected a share from 0 to 1; got {self.warmup_ratio}")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from prefixtune.config import DataConfig
 from prefixtune.data import Collator, Example, Prompt, Row, build_examples, build_prompts
 from prefixtune.errors import DataError
-from prefixtune.generate import check_positions, ending, generate_batch
+from prefixtune.generate import check_ids, check_positions, ending, generate_batch
 from prefixtune.geometry import quiet_eval
 from prefixtune.progress import progress_bar
 
@@ -78,6 +78,7 @@ def target_loss(
     Raises:
         DataError: there is no target token, or a row is longer than the model has positions.
     """
+    check_ids(model, (example.input_ids for example in examples))
     check_positions(model, max((len(example.input_ids) for example in examples), default=0))
     collate = Collator(pad_token_id)
     order = sorted(examples, key=lambda example: -len(example.input_ids))  # less padding

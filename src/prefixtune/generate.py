@@ -5,8 +5,9 @@ Axes: B batch, T the longest prompt's tokens, N new tokens.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from string import Formatter
@@ -21,6 +22,7 @@ from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.progress import progress_bar
 
 __all__ = [
+    "check_ids",
     "check_positions",
     "conversation_ids",
     "ending",
@@ -58,7 +60,8 @@ def generate_batch(
     Returns:
         The new text for each prompt, in the order of the prompts, without special tokens.
     """
-    _check(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    _check(prompts, max_new_tokens=max_new_tokens)
+    check_ids(model, prompts)
     check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
     settings = sampling(temperature=temperature, top_p=top_p)
     settings |= ending(model, tokenizer) | {"max_new_tokens": max_new_tokens}
@@ -83,6 +86,10 @@ def generate_batch(
 def sampling(*, temperature: float, top_p: float) -> dict[str, Any]:
     """Options of `model.generate`: greedy at temperature 0; else exactly what was asked, whatever the model's
     own generation config has."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature: expected 0 or more; got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p: expected a share above 0, up to 1; got {top_p}")
     if temperature == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -117,6 +124,21 @@ def check_positions(model: Any, tokens: int) -> None:
             f"{tokens} tokens{f' after a prefix of {taken}' if taken else ''} do not fit into the "
             f"{geometry.max_positions} positions of {geometry.model_type}",
             hint="shorten the rows with --max-length, or the answers with --max-new-tokens",
+        )
+
+
+def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        DataError: the tokenizer belongs to another model.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= known:
+        raise DataError(
+            f"token id {largest} is beyond the model's vocabulary of {known}",
+            hint="the tokenizer belongs to another model, or has tokens that were added to it alone",
         )
 
 
@@ -198,15 +220,9 @@ def _format_fields(template: str) -> list[str]:
         raise ConfigError(f"template: {error}, in {template!r}") from None
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, top_p: float
-) -> None:
+def _check(prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
     if max_new_tokens <= 0:
         raise ConfigError(f"max_new_tokens: expected more than 0; got {max_new_tokens}")
-    if temperature < 0:
-        raise ConfigError(f"temperature: expected 0 or more; got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: expected a share above 0, up to 1; got {top_p}")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {row} is empty: there is no token to continue")

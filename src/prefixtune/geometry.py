@@ -25,6 +25,7 @@ SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and ot
 SKETCH_VALUES = 48  # values sampled from each
 
 
+CAUSAL_FORM = "set is_decoder=True where the architecture has a causal form"
 _PROBED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
 
 
@@ -73,6 +74,11 @@ class Geometry:
     def windows(self) -> tuple[int, ...]:
         """The distinct window sizes, ascending; empty where every layer sees all positions."""
         return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
+
+    def describe(self) -> str:
+        """The first layer's shape and the number of layers, for people."""
+        first = self.layers[0]
+        return f"{len(self.layers)} layers of {first.kv_heads} heads by {first.key_dim}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -180,6 +186,11 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "values": self.values}
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fingerprint:
+        values = {str(name): [float(x) for x in sampled] for name, sampled in record["values"].items()}
+        return cls(values=values, dtype=record["dtype"])
+
 
 def text_config(base: nn.Module) -> Any:
     """The configuration of the language model inside `base`."""
@@ -225,6 +236,12 @@ def _cache_of_one_token(base: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder, or half of one; a prefix needs a decoder-only model"
         )
+    whole: Any = base
+    decoder = (whole.get_decoder() if hasattr(base, "get_decoder") else None) or whole
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder here: its attention is not causal", hint=CAUSAL_FORM
+        )
     cache = DynamicCache()
     token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
     with quiet_eval(base), _meta_ready(base), _unsupported_unless_it_runs(base):
@@ -236,7 +253,7 @@ def _cache_of_one_token(base: nn.Module) -> Any:
 def _unsupported_unless_it_runs(base: nn.Module) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UnsupportedModelError):
         raise
     except (LookupError, ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
@@ -269,8 +286,8 @@ def _counts_the_mask(base: nn.Module) -> bool:
         ) * plain.std()
         if not bool((plain - logits(other))[:, :-1].abs().max() <= tolerance):
             raise UnsupportedModelError(
-                f"{kind}: its tokens see later ones, so no KV cache stands for a text",
-                hint="set is_decoder=True where the architecture has a causal form",
+                f"{kind} is an encoder: its tokens see later ones, so no KV cache stands for a text",
+                hint=CAUSAL_FORM,
             )
         if "position_ids" not in inspect.signature(base.forward).parameters:
             return False

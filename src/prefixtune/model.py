@@ -143,7 +143,9 @@ class PrefixModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(getattr(self.base_model, "is_gradient_checkpointing", False))
+        newer = hasattr(type(self.base_model), "is_activation_checkpointing")
+        name = "is_activation_checkpointing" if newer else "is_gradient_checkpointing"
+        return bool(getattr(self.base_model, name, False))
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

@@ -29,6 +29,15 @@ LENGTH = 57
 LONGEST_ANSWER = 48  # tokens; the longest reference has 40, and the bare model never stops by itself
 
 
+def _is_ours(output: Path) -> bool:
+    """Whether an earlier quickstart wrote this folder: no other run may be replaced."""
+    try:
+        asked = json.loads((output / "run.json").read_text(encoding="utf-8"))["asked"]
+        return (asked["model"], asked["data"]) == ("demo", "demo:train")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
     """What summary.json holds. Losses are nats per target token, times are seconds."""
@@ -65,7 +74,7 @@ def quickstart(output: Path) -> Quickstart:
     config = TrainConfig(per_device_train_batch_size=4)
     prefix = {"length": LENGTH, "init_text": INSTRUCTION}
     note("1/2  training a prefix on 600 mails")
-    overwrite = (output / "run.json").is_file()
+    overwrite = _is_ours(output)
     trained = train(
         model="demo",
         data="demo:train",

@@ -36,6 +36,20 @@ SCHEMA = 1
 TENSORS, TRAINABLE, INFO, CARD = "prefix.safetensors", "trainable.safetensors", "prefix.json", "README.md"
 
 
+ENTRIES: dict[str, type | tuple[type, ...]] = {  # what prefix.json must have
+    "base_name": str,
+    "length": int,
+    "parameterisation": str,
+    "quantization": (dict, str, type(None)),
+    "template": (str, type(None)),
+    "training": (dict, type(None)),
+    "sha256": dict,
+    "config": dict,
+    "geometry": dict,
+    "fingerprint": dict,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredPrefix:
     """What a prefix folder holds. `trainable` is the projection's state, None for a direct prefix."""
@@ -107,8 +121,14 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INFO
     if not path.is_file():
+        is_run = any(
+            (place / "run.json").is_file() for place in (Path(folder), Path(folder).absolute().parent)
+        )
         raise StorageError(
-            f"{folder}: no prefix folder (there is no {INFO})", hint="give the --output of a training"
+            f"{folder}: no prefix folder (there is no {INFO})",
+            hint="this is a run that has not come to its end: finish it with prefixtune train … --resume"
+            if is_run
+            else "give the --output of a training",
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -119,6 +139,12 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("schema") != SCHEMA:
         found = info.get("schema") if isinstance(info, dict) else type(info).__name__
         raise StorageError(f"{path}: expected schema {SCHEMA}; got {found}", hint="update prefixtune")
+    wrong = [name for name, kinds in ENTRIES.items() if name not in info or not isinstance(info[name], kinds)]
+    if wrong:
+        raise StorageError(
+            f"{path}: no {', '.join(wrong)}, or not of the right kind",
+            hint="the folder is damaged; restore or retrain it",
+        )
     return info
 
 
@@ -133,7 +159,7 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
     try:
         config = PrefixConfig.from_dict(info["config"])
         geometry = Geometry.from_dict(info["geometry"])
-        fingerprint = Fingerprint(**info["fingerprint"])
+        fingerprint = Fingerprint.from_dict(info["fingerprint"])
         digests = dict(info["sha256"])
         tensors = _read_tensors(folder / TENSORS, digests[TENSORS])
         trainable = _read_tensors(folder / TRAINABLE, digests[TRAINABLE]) if TRAINABLE in digests else None
@@ -144,14 +170,14 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
             )
         )
         kv.check(geometry)
-        if config.length != kv.length:
+        if not config.length == info["length"] == kv.length:
             raise StorageError(
-                f"{folder}: {INFO} tells of {config.length} virtual tokens, the tensors hold {kv.length}",
+                f"{folder}: {INFO} tells of {info['length']} virtual tokens, the tensors hold {kv.length}",
                 hint="the folder is damaged; restore or retrain it",
             )
     except StorageError:
         raise
-    except (KeyError, TypeError, AttributeError, PrefixTuneError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, PrefixTuneError) as error:
         raise StorageError(
             f"{folder}: {INFO} and the tensors do not fit together ({type(error).__name__}: {error})",
             hint="the folder is damaged; restore or retrain it",
@@ -170,9 +196,8 @@ def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerp
     trained_on = stored.info.get("base_name")
     if stored.geometry.layers != geometry.layers:
         raise StorageError(
-            f"the prefix was trained on {trained_on} with another KV cache than {name} has "
-            f"({len(stored.geometry.layers)} layers of {stored.geometry.layers[0]}; the model has "
-            f"{len(geometry.layers)} of {geometry.layers[0]})",
+            f"the prefix was trained on {trained_on}, which has another KV cache than {name}: "
+            f"{stored.geometry.describe()}, not {geometry.describe()}",
             hint=f"load it on {trained_on}",
         )
     if not stored.fingerprint.matches(fingerprint):

@@ -41,7 +41,14 @@ def load(model: str | None, prefix: Path | None, *, dtype: str, device: str | No
         if prefix is None:
             raise ConfigError("neither --model nor --prefix is given", hint="for example --model demo")
         model = _base_name(prefix)
-    base = load_base(model, dtype=dtype, device=device)
+    try:
+        base = load_base(model, dtype=dtype, device=device)
+    except ModelError as error:
+        if prefix is None or model != _base_name(prefix):
+            raise
+        raise ModelError(
+            f"{error.message}; the prefix was trained on it", hint="if it has moved, name it with --model"
+        ) from error
     say(f"{model}: {base.dtype_reason}")
     if base.tokenizer is None:
         raise ModelError(f"{model}: this command needs a tokenizer, and there is none in the folder")

@@ -11,6 +11,7 @@ import click
 from prefixtune.cli.options import config_options, json_option, model_options
 from prefixtune.cli.output import print_json, say
 from prefixtune.config import DataConfig
+from prefixtune.errors import ConfigError
 
 __all__ = ["evaluate"]
 
@@ -50,6 +51,12 @@ def evaluate(
 ) -> None:
     """Measure the loss on target tokens and exact match, with the prefix and without."""
     DataConfig(**data_options)  # wrong values before any work
+    if output is not None and not exact_match:
+        raise ConfigError("--output is for answers, and --no-exact-match makes none")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ConfigError(
+            f"{output}: not a file that can be written", hint="name a file in a folder that exists"
+        )
 
     from prefixtune import evaluate as room
     from prefixtune.cli.engine import load

@@ -71,6 +71,10 @@ def _explain(error: Exception) -> Failure:
         return describe_os_error(error)
     if "No space left on device" in str(error):  # safetensors and torch wrap it in exceptions of their own
         return describe_os_error(OSError(errno.ENOSPC, "No space left on device"))
+    if "inline_container" in str(error) or "unexpected pos" in str(error):  # torch.save, short of space
+        return Failure(
+            "a checkpoint could not be written", hint="is the disk full? free some space, then --resume"
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Failure("the memory is full", hint="smaller batches or shorter rows need less")
     return Failure(

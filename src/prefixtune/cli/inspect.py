@@ -14,6 +14,12 @@ from prefixtune.config import PrefixConfig
 
 __all__ = ["inspect"]
 
+A_RUN = (
+    "prefix.json",
+    "run.json",
+    "trainer_state.json",
+)  # by which a prefix folder, or what may be one, is known
+
 
 @click.command()
 @click.argument("target", required=False)
@@ -38,10 +44,11 @@ def inspect(
             "expected one model or one prefix folder, for example: prefixtune inspect demo"
         )
     target = named[0]
-    if prefix_folder is not None or (Path(target).expanduser() / "prefix.json").is_file():
-        from prefixtune.storage import read_info
+    if prefix_folder is not None or any((Path(target).expanduser() / name).is_file() for name in A_RUN):
+        from prefixtune.storage import load_prefix
 
-        info = _with_counts(read_info(Path(target).expanduser()), Path(target).expanduser())
+        folder = Path(target).expanduser()
+        info = _with_counts(load_prefix(folder).info, folder)
         print_json(info) if as_json else _print_info(info)
         return
     config = PrefixConfig(**prefix_options)
@@ -149,4 +156,5 @@ def _print_info(info: dict[str, Any]) -> None:
         f"KV: {info['kv_numbers']:,} numbers\nprefix file: {info['prefix_file_bytes']:,} bytes"
     )
     for name, value in (info["training"] or {}).items():
-        click.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+        if value is not None:
+            click.echo(f"{name}: {f'{value:,}' if isinstance(value, int) else value}")

@@ -42,6 +42,10 @@ class Session:
         self._with_prefix = None if loaded.model is loaded.base else loaded
         self._active = loaded
         self._template = template
+        check_positions(
+            loaded.model, settings["max_new_tokens"]
+        )  # an unsupported model is told before a turn
+        conversation_ids([], "?", loaded.tokenizer, template or "human")  # and so is a wrong template
         self._settings = settings
         if seed is not None:
             torch.manual_seed(seed)

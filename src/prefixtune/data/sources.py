@@ -99,6 +99,8 @@ def _open(source: str, split: str) -> Iterator[Row]:
         return _demo(_DEMO[source])
     if source.startswith("demo:"):
         raise DataError(f"{source}: no such demo data", hint=f"there are {', '.join(_DEMO)}")
+    if not source.strip():
+        raise DataError("the data has no name", hint="a file, a folder, demo, or a data set on the hub")
     path = Path(source)
     if path.is_dir():
         return _folder(path, split)

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from prefixtune.errors import RunError
 from prefixtune.progress import note
+from prefixtune.storage import CARD, INFO, TENSORS, TRAINABLE, read_info
 
-__all__ = ["METRICS", "RUN", "cut_metrics", "last_checkpoint", "open_run", "record_run"]
+__all__ = [
+    "METRICS",
+    "RUN",
+    "check_resumed",
+    "cut_metrics",
+    "finished",
+    "last_checkpoint",
+    "open_run",
+    "record_run",
+]
 
 RUN, METRICS = "run.json", "metrics.jsonl"
+OURS = (RUN, METRICS, INFO, TENSORS, TRAINABLE, CARD, "best", "runs", "checkpoint-*")  # all that a run writes
 
 
 def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The recorded run where one is resumed; else None, and the folder may be written by `record_run`.
 
     Raises:
-        RunError: there is nothing to resume, the options differ, or the folder is in use.
+        RunError: there is nothing to resume, the options differ, or the folder is in use or cannot be one.
     """
     record = output / RUN
     if resume:
@@ -27,12 +43,8 @@ def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bo
             raise RunError(
                 f"{output}: no run to resume (there is no {RUN})", hint="leave --resume out to begin one"
             )
-        try:
-            began: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-            before = began["asked"]
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{record}: damaged, so the run cannot be resumed") from None
-        changed = [name for name in asked if before.get(name) != json.loads(json.dumps(asked[name]))]
+        began = _read_record(record)
+        changed = _changed(began["asked"], json.loads(json.dumps(asked)))
         if changed:
             raise RunError(
                 f"{output}: the run was begun with other options ({', '.join(changed)})",
@@ -49,29 +61,99 @@ def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bo
             raise RunError(
                 f"{output}: holds no run, so it is not overwritten", hint="choose another --output"
             )
+    above = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RunError(
+            f"{output}: cannot be written, because {above} is {'read-only' if above.is_dir() else 'a file'}",
+            hint="choose another --output",
+        )
     return None
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        began = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        began = None
+    parts = {"asked": dict, "resolved": dict, "prefix": dict, "dtype": str}
+    if not isinstance(began, dict) or any(not isinstance(began.get(k), v) for k, v in parts.items()):
+        raise RunError(f"{record}: damaged, so the run cannot be resumed", hint="begin another run")
+    return began
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the options that differ, those within a section by their own names."""
+    names = []
+    for name in now:
+        old, new = before.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        elif old != new:
+            names.append(name)
+    return names
+
+
+def check_resumed(output: Path, began: Mapping[str, Any], *, data: str, rows: str) -> None:
+    """Raise RunError where the rows, by their digest, are not those that the run was begun with."""
+    if began["resolved"].get("rows") != rows:
+        raise RunError(
+            f"{data}: not the rows that the run in {output} was begun with",
+            hint="restore the file, or begin another run",
+        )
 
 
 def record_run(output: Path, record: dict[str, Any], *, resume: bool) -> None:
     """Write run.json; a run that is replaced goes only now, when all that can be checked was checked."""
     if not resume and output.is_dir():
-        shutil.rmtree(output)
+        for path in (path for pattern in OURS for path in output.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output.mkdir(parents=True, exist_ok=True)
     draft = output / f".{RUN}.draft"
     draft.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(output / RUN)
 
 
+def finished(output: Path, steps: int) -> dict[str, Any] | None:
+    """The training record of a run that has come to its end, with the size of its file; else None."""
+    last = last_checkpoint(output)
+    if last is None or not (output / INFO).is_file() or _step(last) < steps:
+        return None
+    training = read_info(output)["training"]
+    return {**training, "prefix_file_bytes": (output / TENSORS).stat().st_size} if training else None
+
+
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones (no sound trainer_state.json) are passed over."""
+    """The newest complete checkpoint; half-written and damaged ones are passed over, and told."""
     found = []
     for folder in output.glob("checkpoint-*"):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), folder))
-        except (OSError, ValueError, KeyError, TypeError):
-            note(f"{folder} is incomplete and is passed over")
+        problem = _incomplete(folder)
+        if problem:
+            note(f"{folder} is passed over: {problem}")
+        else:
+            found.append((_step(folder), folder))
     return max(found)[1] if found else None
+
+
+def _incomplete(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: each file must be there and be whole."""
+    try:
+        _step(folder)
+        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+            tensors.keys()
+        states = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")]
+        if len(states) < 3:
+            return "rng_state.pth is missing"
+        for path in states:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path.name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"it is incomplete or damaged ({error})"
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def cut_metrics(output: Path, step: int) -> None:

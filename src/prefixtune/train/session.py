@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +15,14 @@ from transformers import set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, RunError
 from prefixtune.evaluate import target_loss
-from prefixtune.generate import ending
-from prefixtune.geometry import quiet_eval
+from prefixtune.generate import check_ids, ending
+from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
-from prefixtune.train.folder import last_checkpoint, open_run, record_run
+from prefixtune.train.folder import check_resumed, finished, last_checkpoint, open_run, record_run
 from prefixtune.train.trainer import KeepBest, PrefixTrainer, run, training_arguments
 
 __all__ = ["TrainResult", "default_learning_rate", "train"]
@@ -97,31 +99,29 @@ def train(
         "data_config": data_config.to_dict(),
         "train_config": config.to_dict(),
     }
+    _check_options(prefix_options or {})  # before the model is loaded
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
+    if began and (record := finished(output, began["resolved"]["steps"])):
+        note(f"{output}: the run has come to its end already; nothing to do")
+        return TrainResult(output=str(output), **record)
     examples, eval_examples, base, report = _load(model, data, eval_data, data_config, config, began)
     set_seed(config.seed)
     prefix_config = _prefix_config(began, prefix_options or {}, base, examples)
-    _check_lengths(base, prefix_config, [*examples, *(eval_examples or [])])
+    everything = [*examples, *(eval_examples or [])]
+    check_ids(base.model, (example.input_ids for example in everything))
+    _check_lengths(base, prefix_config, everything)
+    if began:
+        resolved = began["resolved"]
+        check_resumed(output, began, data=data, rows=_digest(examples))
+    else:
+        resolved = _resolve(config, prefix_config, base, examples)
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
-    steps = _planned_steps(config, len(examples))
-    hidden_size = prefix_config.hidden_size or prefix_model.geometry.hidden_size
-    learning_rate = config.learning_rate or default_learning_rate(prefix_config, hidden_size)
     pad = ending(base.model, base.tokenizer)["pad_token_id"]
-    arguments = training_arguments(
-        config, output, steps=steps, learning_rate=learning_rate, evaluates=bool(eval_examples)
-    )
-    record_run(output, _record(asked, prefix_config, base), resume=resume)
-    base_loss = None
-    if eval_examples:
-        batch = config.per_device_eval_batch_size
-        base_loss, _ = target_loss(
-            base.model, eval_examples, pad_token_id=pad, batch_size=batch, progress="bare model"
-        )
-        note(f"bare model: evaluation loss {base_loss:.4f}")
     trainer = _trainer(
+        output,
         model=prefix_model,
-        args=arguments,
+        args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
         train_dataset=examples,
         eval_dataset=eval_examples,
         data_collator=Collator(pad),
@@ -129,9 +129,56 @@ def train(
         pad_token_id=pad,
         lengths=[len(example.input_ids) for example in examples],
     )
-    note(f"{steps} steps, learning rate {learning_rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
+    record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
+    base_loss = None
+    if eval_examples:
+        batch = config.per_device_eval_batch_size
+        base_loss, _ = target_loss(
+            base.model, eval_examples, pad_token_id=pad, batch_size=batch, progress="bare model"
+        )
+        note(f"bare model: evaluation loss {base_loss:.4f}")
+    steps, rate = resolved["steps"], resolved["learning_rate"]
+    note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
     seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
-    return _finish(trainer, output, prefix_model, base_loss, seconds, learning_rate, report, base)
+    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, report, base)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given.keys() & {"init", "init_text", "init_tokens"}:
+        given |= {"init": "random"}  # the start is decided when the rows are known
+    PrefixConfig(**_with_init(given))
+
+
+def _with_init(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`init` from what is given with it: a text, or token ids."""
+    for name, kind in (("init_text", "text"), ("init_tokens", "tokens")):
+        if "init" not in given and name in given:
+            return {**given, "init": kind}
+    return dict(given)
+
+
+def _resolve(
+    config: TrainConfig, prefix: PrefixConfig, base: LoadedBase, examples: list[Example]
+) -> dict[str, Any]:
+    """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
+    hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
+    steps = _planned_steps(config, len(examples))
+    return {
+        "steps": steps,
+        "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size),
+        "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
+        "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
+        "rows": _digest(examples),
+    }
+
+
+def _digest(examples: list[Example]) -> str:
+    """A hash of the rows as the model sees them."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps([example.input_ids, example.labels]).encode())
+    return found.hexdigest()
 
 
 def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
@@ -141,12 +188,17 @@ def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
     return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
 
 
-def _trainer(**arguments: Any) -> PrefixTrainer:
+def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:
+    before = output.exists()
     try:
         return PrefixTrainer(**arguments)
     except (RuntimeError, ValueError) as error:
-        if "report_to" in str(error) or "Callback requires" in str(error):  # transformers' own checks
-            raise ConfigError(str(error), hint="change --report-to, or install what it names") from None
+        if not before and output.is_dir():
+            output.rmdir()  # Trainer made it, and nothing is in it yet
+        if any(words in str(error) for words in ("Callback requires", "is not supported, only")):
+            raise ConfigError(
+                f"report_to: {error}", hint="change --report-to, or install what it names"
+            ) from None
         raise
 
 
@@ -161,7 +213,9 @@ def _load(
     """Rows before the model: a wrong data file is told at once."""
     fields = parse_fields(data_config.fields)
     rows = load_rows(data, fields=fields, split=data_config.split, limit=data_config.limit)
-    eval_rows = load_rows(eval_data, fields=fields, split=data_config.split) if eval_data else None
+    eval_rows = (
+        load_rows(eval_data, fields=fields, split=data_config.split) if eval_data is not None else None
+    )
     base = load_base(model, dtype=began["dtype"] if began else config.dtype)
     if base.tokenizer is None:
         raise DataError(
@@ -171,7 +225,7 @@ def _load(
     examples, report = build_examples(rows, base.tokenizer, data_config, progress=True)
     note(f"training rows: {report.summary()}")
     eval_examples = None
-    if eval_rows:
+    if eval_rows is not None:
         eval_examples, eval_report = build_examples(eval_rows, base.tokenizer, data_config, progress=True)
         note(f"evaluation rows: {eval_report.summary()}")
     if not examples:
@@ -185,11 +239,7 @@ def _prefix_config(
     """The user's options; where they say nothing of a start, the KV of the first training rows."""
     if began:
         return PrefixConfig.from_dict(began["prefix"])
-    given = {name: value for name, value in options.items() if value is not None}
-    if "init" not in given and "init_text" in given:
-        given["init"] = "text"
-    if "init" not in given and "init_tokens" in given:
-        given["init"] = "tokens"
+    given = _with_init({name: value for name, value in options.items() if value is not None})
     if "init" not in given:
         length = given.get("length", PrefixConfig().length)
         tokens: list[int] = []
@@ -212,7 +262,9 @@ def _check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Exampl
         raise DataError(
             f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
             f"{needed} positions; {base.name} has {limit}",
-            hint=f"use --max-length {max(1, limit - prefix.length)}, or a shorter prefix",
+            hint=f"use --max-length {limit - prefix.length}, or a shorter prefix"
+            if limit - prefix.length > 2
+            else "use a shorter prefix",
         )
 
 
@@ -224,11 +276,19 @@ def _planned_steps(config: TrainConfig, rows: int) -> int:
     return max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
-def _record(asked: dict[str, Any], prefix: PrefixConfig, base: LoadedBase) -> dict[str, Any]:
+def _record(
+    asked: dict[str, Any], prefix: PrefixConfig, base: LoadedBase, resolved: dict[str, Any]
+) -> dict[str, Any]:
     from prefixtune import __version__
 
     dtype = str(base.model.dtype).removeprefix("torch.")
-    return {"version": __version__, "asked": asked, "prefix": prefix.to_dict(), "dtype": dtype}
+    return {
+        "version": __version__,
+        "asked": asked,
+        "resolved": resolved,
+        "prefix": prefix.to_dict(),
+        "dtype": dtype,
+    }
 
 
 def _finish(
@@ -244,12 +304,17 @@ def _finish(
     """Write the prefix: the best by evaluation loss where there was an evaluation, else the last."""
     eval_loss = best_step = None
     if trainer.eval_dataset:
-        if (
-            not trainer.state.log_history
-            or trainer.state.log_history[-1].get("step") != trainer.state.global_step
-        ) or "eval_loss" not in trainer.state.log_history[-1]:
+        measured = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
+        if trainer.state.global_step not in measured:
             trainer.evaluate()
         eval_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
+    if not all(bool(tensor.isfinite().all()) for tensor in model.prefix.state_dict().values()) or (
+        trainer.eval_dataset and best_step is None
+    ):
+        raise RunError(
+            f"{output}: the training diverged: the prefix or its loss is no longer finite",
+            hint=f"begin another run with a --learning-rate below {learning_rate:g}",
+        )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = TrainResult(
         output=str(output),

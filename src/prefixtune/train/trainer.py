@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prefixtune.config import TrainConfig
-from prefixtune.errors import MissingExtraError
+from prefixtune.errors import ConfigError, MissingExtraError
 from prefixtune.evaluate import target_loss
 from prefixtune.progress import note, progress_bar
 from prefixtune.train.folder import METRICS, cut_metrics
@@ -103,11 +103,9 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def training_arguments(
-    config: TrainConfig, output: Path, *, steps: int, learning_rate: float, evaluates: bool
+    config: TrainConfig, output: Path, resolved: Mapping[str, Any], *, evaluates: bool
 ) -> Any:
-    """TrainingArguments of a run: ten checkpoints or more and four evaluations, unless told otherwise."""
-    save_steps = config.save_steps or max(1, min(50, steps // 10))  # a killed run repeats a tenth at most
-    eval_steps = config.eval_steps or max(1, math.ceil(steps / 4))
+    """TrainingArguments of a run; `resolved` has what its defaults came to."""
     same = {
         name: getattr(config, name)
         for name in (
@@ -132,13 +130,13 @@ def training_arguments(
     return TrainingArguments(
         **same,
         output_dir=str(output),
-        learning_rate=learning_rate,
+        learning_rate=resolved["learning_rate"],
         max_steps=config.max_steps or -1,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        warmup_steps=math.ceil(config.warmup_ratio * resolved["steps"]),
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=eval_steps if evaluates else None,
+        eval_steps=resolved["eval_steps"] if evaluates else None,
         save_strategy="steps",
-        save_steps=save_steps,
+        save_steps=resolved["save_steps"],
         report_to=_report_to(config.report_to),
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -153,12 +151,14 @@ def _report_to(asked: str | None) -> list[str] | str:
     if asked is None:
         return ["tensorboard"] if installed else "none"
     names = [name.strip() for name in asked.split(",")]
+    if ("none" in names and len(names) > 1) or "" in names:
+        raise ConfigError(f"report_to: expected none, or names with commas between them; got {asked!r}")
     if "tensorboard" in names and not installed:
         raise MissingExtraError(
             "report_to=tensorboard: TensorBoard is not installed",
             hint="pip install 'prefixtune[tensorboard]'",
         )
-    return names
+    return "none" if names == ["none"] else names
 
 
 def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | None) -> float:
@@ -186,11 +186,12 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
 
 @contextmanager
 def _interruptible(stop: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C sets `stop`, the second interrupts at once."""
+    """The first Ctrl-C or SIGTERM sets `stop`, the second interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    signals = (signal.SIGINT, signal.SIGTERM)  # the second is what docker stop and SLURM send
+    before = {number: signal.getsignal(number) for number in signals}
 
     def handler(number: int, frame: Any) -> None:
         if stop.is_set():
@@ -198,11 +199,13 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
         stop.set()
         note("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
-    signal.signal(signal.SIGINT, handler)
+    for number in signals:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in signals:
+            signal.signal(number, before[number])
 
 
 class KeepBest(TrainerCallback):  # type: ignore[misc]
@@ -215,7 +218,11 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
     ) -> None:
         loss = (metrics or {}).get("eval_loss")
-        if loss is None or (state.best_metric is not None and loss >= state.best_metric):
+        if (
+            loss is None
+            or not math.isfinite(loss)
+            or (state.best_metric is not None and loss >= state.best_metric)
+        ):
             return
         state.best_metric, state.best_global_step = loss, state.global_step
         model.save_pretrained(self.output / "best")

@@ -1,0 +1,677 @@
+"""Laws of training: a run that was stopped ends as one that was not, and a folder is never lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
+
+from families import tiny_model
+from prefixtune import PrefixConfig, PrefixKV, PrefixModel
+from prefixtune.cli import main
+from prefixtune.config import DataConfig
+from prefixtune.data import Collator, Example, build_examples, load_rows
+from prefixtune.evaluate import target_loss
+from prefixtune.train import PrefixTrainer
+from prefixtune.train.trainer import KeepBest, LengthGroupedSampler
+from tokenizers_for_tests import byte_tokenizer
+
+EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
+PARAMETERISATIONS = {"direct": [], "projection": ["--projection", "--hidden-size", 8]}
+LONG_RUN = ["--length", 4, "--num-train-epochs", EPOCHS, "--save-steps", SAVED, "--eval-steps", 8]
+LONG_RUN += ["--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2, "--logging-steps", 1]
+SHORT_RUN = ["--length", 4, "--max-steps", 2]
+TIMEOUT = 60  # seconds that a subprocess may take
+
+
+def call(*args: Any) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def succeed(*args: Any) -> Result:
+    result = call(*args)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def fail(*args: Any, code: int = 1) -> str:
+    result = call(*args)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert len(re.findall(r"^[eE]rror: ", result.stderr, re.MULTILINE)) == 1, result.stderr
+    assert "internal error" not in result.stderr
+    return result.stderr
+
+
+def write_rows(path: Path, count: int, *, first: int = 0) -> Path:
+    rows = [
+        {"instruction": f"Say {i}." + " Please." * (i % 4), "input": "", "output": "yes" * (1 + i % 3)}
+        for i in range(first, first + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that has dropout, rows to train on and rows to evaluate on."""
+    folder = tmp_path_factory.mktemp("train")
+    tokenizer = byte_tokenizer()
+    dropout = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    tiny_model("gpt2", vocab_size=len(tokenizer), **dropout).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_rows(folder / "rows.jsonl", 24)
+    write_rows(folder / "eval.jsonl", 6, first=100)
+    return folder
+
+
+def options(place: Path, output: Path, *more: Any, evaluates: bool = True) -> list[str]:
+    args = ["train", "--model", place / "model", "--data", place / "rows.jsonl", "--output", output]
+    args += ["--eval-data", place / "eval.jsonl"] if evaluates else []
+    args += ["--dtype", "float32", "--report-to", "none", *more]
+    return [str(arg) for arg in args]
+
+
+def bits(output: Path) -> dict[str, bytes]:
+    """All tensors of a prefix folder, and of the projection where there is one."""
+    files = [output / "prefix.safetensors", output / "trainable.safetensors"]
+    return {
+        f"{file.name}/{name}": tensor.numpy().tobytes()
+        for file in files
+        if file.exists()
+        for name, tensor in load_file(file).items()
+    }
+
+
+def logged(output: Path, kind: str) -> list[tuple[int, float]]:
+    """What metrics.jsonl tells of `kind`, as (step, value)."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[kind]) for line in lines if kind in line]
+
+
+def training_record(output: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((output / "prefix.json").read_text(encoding="utf-8"))["training"]
+    return record
+
+
+# --- stopped and resumed -----------------------------------------------------------------------------------
+
+
+def stop(args: Sequence[str], output: Path, *, step: int, sign: signal.Signals) -> tuple[int, str, str]:
+    """Run the command line in a process of its own; once checkpoint-`step` is complete, send it a signal."""
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    code = "from prefixtune.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    state, deadline = output / f"checkpoint-{step}" / "trainer_state.json", time.monotonic() + TIMEOUT
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=TIMEOUT)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module", params=PARAMETERISATIONS)
+def killed(request: pytest.FixtureRequest, place: Path) -> tuple[Path, Path, list[str]]:
+    """A run that went through, the same run killed on its way, and its options."""
+    more = [*LONG_RUN, *PARAMETERISATIONS[request.param]]
+    whole, cut = place / f"{request.param}-whole", place / f"{request.param}-killed"
+    succeed(*options(place, whole, *more))
+    code, _, stderr = stop(options(place, cut, *more), cut, step=3 * SAVED, sign=signal.SIGKILL)
+    assert code == -signal.SIGKILL, stderr
+    assert not (cut / "prefix.json").exists()
+    return whole, cut, more
+
+
+@pytest.fixture
+def copied(killed: tuple[Path, Path, list[str]], tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """As `killed`, with a copy of the killed run that a test may change."""
+    whole, cut, more = killed
+    return whole, Path(shutil.copytree(cut, tmp_path / "run")), more
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def test_killed_run_resumed_ends_with_the_same_bits(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    result = succeed(*options(place, cut, *more, "--resume"))
+    assert f"resuming from {checkpoints(cut)[0].parent}/checkpoint-" in result.stderr
+    assert bits(cut) == bits(whole)
+    assert (whole / "trainable.safetensors").exists() == ("--projection" in more)
+    assert bits(cut / "best") == bits(whole / "best")
+
+
+def test_killed_run_resumed_reports_what_the_whole_run_reports(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    succeed(*options(place, cut, *more, "--resume"))
+    first, second = training_record(whole), training_record(cut)
+    assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
+
+
+def test_metrics_of_a_resumed_run_tell_each_step_once(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # what a kill leaves
+    succeed(*options(place, cut, *more, "--resume"))
+    for kind in ("loss", "eval_loss", "learning_rate", "train_runtime"):
+        steps = [step for step, _ in logged(cut, kind)]
+        assert steps == sorted(set(steps)), kind
+    assert [step for step, _ in logged(cut, "loss")] == list(range(1, STEPS + 1))
+    for kind in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+        assert logged(cut, kind) == logged(whole, kind)
+
+
+def test_run_killed_before_its_first_checkpoint_is_resumed_from_the_start(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    for folder in checkpoints(cut):
+        shutil.rmtree(folder)
+    succeed(*options(place, cut, *more, "--resume"))
+    assert bits(cut) == bits(whole)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "model.safetensors", "rng_state.pth", "scheduler.pt"]
+)
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_half_written_checkpoint_is_passed_over(place: Path, copied: Any, name: str, damage: Any) -> None:
+    whole, cut, more = copied
+    last = next(folder for folder in reversed(checkpoints(cut)) if (folder / "trainer_state.json").exists())
+    damage(last / name)
+    result = succeed(*options(place, cut, *more, "--resume"))
+    assert str(last) in result.stderr
+    assert f"resuming from {last}\n" not in result.stderr
+    assert bits(cut) == bits(whole)
+
+
+@pytest.mark.parametrize("more", [LONG_RUN, SHORT_RUN])  # ends with an epoch, ends within one
+def test_finished_run_resumed_is_left_as_it_is(place: Path, tmp_path: Path, more: list[Any]) -> None:
+    run = tmp_path / "run"
+    succeed(*options(place, run, *more))
+    before, record, told = bits(run), training_record(run), (run / "metrics.jsonl").read_text()
+    document = json.loads(succeed(*options(place, run, *more, "--resume", "--json")).stdout)
+    assert bits(run) == before
+    assert (run / "metrics.jsonl").read_text() == told
+    for name in ("steps", "eval_loss", "best_step", "base_loss", "train_loss"):
+        assert document[name] == record[name]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    succeed(*options(place, whole, *LONG_RUN, evaluates=False))
+    args = options(place, cut, *LONG_RUN, evaluates=False)
+    code, stdout, stderr = stop(args, cut, step=SAVED, sign=signal.SIGINT)
+    assert code == 1, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert "--resume" in stderr
+    reached = int(stderr.rpartition("stopped at step ")[2].split(";")[0])
+    assert checkpoints(cut)[-1].name == f"checkpoint-{reached}"
+    succeed(*args, "--resume")
+    assert bits(cut) == bits(whole)
+    steps = [step for step, _ in logged(cut, "loss")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+# --- the run folder ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(place: Path) -> Path:
+    """A finished short run."""
+    succeed(*options(place, place / "short", *SHORT_RUN))
+    return place / "short"
+
+
+@pytest.fixture
+def run_folder(short: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(short, tmp_path / "short"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--max-steps", 3], "max_steps"),
+        (["--length", 5], "length"),
+        (["--learning-rate", 0.5], "learning_rate"),
+        (["--template", "Q: {instruction} A: {output}"], "template"),
+        (["--init", "random"], "init"),
+    ],
+)
+def test_resume_with_other_options_is_refused_and_names_them(
+    place: Path, run_folder: Path, changed: list[Any], said: str
+) -> None:
+    before = contents(run_folder)
+    message = fail(*options(place, run_folder, *SHORT_RUN, *changed, "--resume"))
+    assert "run.json" in message
+    assert said in message
+    assert contents(run_folder) == before
+
+
+def test_resume_on_other_rows_in_the_same_file_is_refused(place: Path, tmp_path: Path) -> None:
+    rows, output = write_rows(tmp_path / "rows.jsonl", 24), tmp_path / "run"
+    args = [*options(place, output, *SHORT_RUN), "--data", str(rows)]
+    succeed(*args)
+    (output / "prefix.json").unlink()  # as if it had not come to its end
+    write_rows(rows, 24, first=7)
+    assert "rows.jsonl" in fail(*args, "--resume")
+
+
+def test_resume_without_a_run_is_refused(place: Path, tmp_path: Path) -> None:
+    for output in (tmp_path / "nothing", tmp_path):
+        assert "no run to resume" in fail(*options(place, output, *SHORT_RUN, "--resume"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_damaged_run_record_is_told(place: Path, run_folder: Path) -> None:
+    for text in ("{", "[]", "{}", '{"asked": 3}', ""):
+        (run_folder / "run.json").write_text(text)
+        message = fail(*options(place, run_folder, *SHORT_RUN, "--resume"))
+        assert "run.json" in message.replace("\n", "")
+        assert "damaged" in message
+
+
+def test_folder_in_use_is_refused_and_kept(place: Path, run_folder: Path) -> None:
+    before = contents(run_folder)
+    message = fail(*options(place, run_folder, *SHORT_RUN))
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert contents(run_folder) == before
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(place: Path, run_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "letter.txt").write_text("dear")
+    assert "no run" in fail(*options(place, other, *SHORT_RUN, "--overwrite"))
+    assert contents(other) == {"letter.txt": b"dear"}
+    (run_folder / "checkpoint-1000").mkdir()
+    succeed(*options(place, run_folder, "--length", 3, "--max-steps", 1, "--overwrite"))
+    assert json.loads((run_folder / "prefix.json").read_text())["length"] == 3
+    assert not (run_folder / "checkpoint-1000").exists()
+
+
+def test_overwrite_keeps_what_the_user_put_into_the_run_folder(place: Path, run_folder: Path) -> None:
+    mine = write_rows(run_folder / "my_rows.jsonl", 24)
+    call(*options(place, run_folder, *SHORT_RUN, "--overwrite"), "--data", mine)
+    assert mine.exists()
+
+
+def test_run_behind_a_link_is_overwritten_and_the_link_stays(
+    place: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run_folder)
+    succeed(*options(place, link, "--length", 3, "--max-steps", 1, "--overwrite"))
+    assert link.is_symlink()
+    assert json.loads((run_folder / "prefix.json").read_text())["length"] == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--data", "{place}/nothing.jsonl"],
+        ["--eval-data", "{place}/nothing.jsonl"],
+        ["--model", "{place}/nothing.gguf"],
+        ["--max-length", 5],
+        ["--fields", "input=nothing"],
+        ["--init-tokens", "100000"],
+        ["--report-to", "no-such-service"],
+    ],
+)
+def test_old_run_survives_an_overwrite_that_cannot_begin(
+    place: Path, run_folder: Path, wrong: list[Any]
+) -> None:
+    before = contents(run_folder)
+    arguments = [str(arg).format(place=place) for arg in wrong]
+    result = call(*options(place, run_folder, *SHORT_RUN, "--overwrite"), *arguments)
+    assert result.exit_code in (1, 2)
+    assert contents(run_folder) == before
+
+
+# --- the same training, said or cut up in another way ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def examples(place: Path) -> list[Example]:
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    return build_examples(load_rows(str(place / "rows.jsonl")), tokenizer, DataConfig())[0]
+
+
+def trained_prefix(examples: list[Example], folder: Path, *, batch: int, accumulation: int) -> torch.Tensor:
+    model = PrefixModel(tiny_model("llama", vocab_size=340), PrefixConfig(length=4, init="random"))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=6,
+        learning_rate=0.02,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=True,
+        seed=3,
+    )
+    trainer = PrefixTrainer(
+        model=model, args=arguments, train_dataset=examples, data_collator=Collator(0), pad_token_id=0
+    )
+    trainer.train()
+    layers = model.prefix.bake().layers
+    return torch.cat([torch.cat([layer.key, layer.value]).flatten() for layer in layers]).detach()
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (1, 8), (4, 2)])
+def test_accumulated_batches_are_one_large_batch(
+    examples: list[Example], tmp_path: Path, batch: int, accumulation: int
+) -> None:
+    start = PrefixModel(tiny_model("llama", vocab_size=340), PrefixConfig(length=4, init="random"))
+    before = start.prefix.bake().layers[0].key.detach()
+    together = trained_prefix(examples, tmp_path, batch=8, accumulation=1)
+    apart = trained_prefix(examples, tmp_path, batch=batch, accumulation=accumulation)
+    assert len({example.target_tokens for example in examples}) > 1  # else any weighting would do
+    # Adam's division makes a rounding error visible where a gradient is near zero, hence not 1e-6
+    torch.testing.assert_close(apart, together, rtol=0, atol=2e-4)
+    assert (together[: before.numel()] - before.flatten()).abs().max() > 0.02
+
+
+def test_file_and_set_and_options_are_the_same_run(place: Path, tmp_path: Path) -> None:
+    wanted = {"length": 3, "max_steps": 3, "learning_rate": 0.1, "seed": 7, "limit": 9}
+    wanted |= {"per_device_train_batch_size": 2}
+    flags = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", value)]
+    sets = [part for name, value in wanted.items() for part in ("--set", f"{name}={value}")]
+    file = tmp_path / "run.toml"
+    sections = {"prefix": ["length"], "data": ["limit"]}
+    sections["train"] = [name for name in wanted if name not in ("length", "limit")]
+    lines = [[f"[{name}]", *(f"{key} = {wanted[key]}" for key in keys)] for name, keys in sections.items()]
+    file.write_text("\n".join(line for section in lines for line in section))
+    runs = {"flags": flags, "sets": sets, "file": ["--config", file]}
+    for name, more in runs.items():
+        succeed(*options(place, tmp_path / name, *more))
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in runs]
+    assert records[0] == records[1] == records[2]
+    asked = records[0]["asked"]
+    recorded = {**asked["prefix"], **asked["data_config"], **asked["train_config"]}
+    assert {name: recorded[name] for name in wanted} == wanted
+    assert (asked["model"], asked["data"]) == (str(place / "model"), str(place / "rows.jsonl"))
+    assert bits(tmp_path / "flags") == bits(tmp_path / "sets") == bits(tmp_path / "file")
+
+
+# --- the start ---------------------------------------------------------------------------------------------
+
+STILL = ["--length", 6, "--max-steps", 1, "--learning-rate", 1e-12]  # the prefix stays where it starts
+
+
+def assert_starts_from(output: Path, place: Path, ids: list[int]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    expected = PrefixKV.from_tokens(base, torch.tensor([ids]))
+    found = load_file(output / "prefix.safetensors")
+    for index, layer in enumerate(expected.layers):
+        torch.testing.assert_close(found[f"layers.{index}.key"], layer.key, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[f"layers.{index}.value"], layer.value, rtol=0, atol=1e-6)
+
+
+def test_prefix_starts_from_the_kv_of_the_first_training_rows(place: Path, tmp_path: Path) -> None:
+    for length in (6, 60):  # within the first row, and beyond it
+        output = tmp_path / str(length)
+        succeed(*options(place, output, *STILL, "--length", length))
+        examples, _ = build_examples(
+            load_rows(str(place / "rows.jsonl")),
+            AutoTokenizer.from_pretrained(place / "model"),
+            DataConfig(),
+        )
+        ids = [token for example in examples for token in example.input_ids][:length]
+        assert_starts_from(output, place, ids)
+
+
+def test_prefix_starts_from_the_kv_of_the_text_that_is_given(place: Path, tmp_path: Path) -> None:
+    succeed(*options(place, tmp_path / "run", *STILL, "--init-text", "Answer with yes."))
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    assert_starts_from(tmp_path / "run", place, tokenizer("Answer with yes.")["input_ids"][:6])
+
+
+def test_random_start_differs_by_seed_and_is_no_kv_of_the_rows(place: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        succeed(*options(place, tmp_path / str(seed), *STILL, "--init", "random", "--seed", seed))
+    succeed(*options(place, tmp_path / "rows", *STILL))
+    keys = [load_file(tmp_path / name / "prefix.safetensors")["layers.0.key"] for name in ("1", "2", "rows")]
+    assert not torch.allclose(keys[0], keys[1], atol=0.01)
+    assert not torch.allclose(keys[0], keys[2], atol=0.01)
+
+
+def test_projection_starts_from_the_same_kv_as_the_direct_prefix(place: Path, tmp_path: Path) -> None:
+    more = [*STILL, "--init-text", "Answer with yes.", "--projection", "--hidden-size", 8]
+    document = json.loads(succeed(*options(place, tmp_path / "run", *more, "--json")).stdout)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    assert_starts_from(tmp_path / "run", place, tokenizer("Answer with yes.")["input_ids"][:6])
+    weights = load_file(tmp_path / "run" / "trainable.safetensors")
+    assert document["trainable_parameters"] <= sum(weight.numel() for weight in weights.values())
+    assert any(8 in weight.shape for weight in weights.values())
+
+
+# --- evaluation --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def easy(place: Path) -> Path:
+    """A run that learns well."""
+    more = ["--length", 8, "--max-steps", 60, "--eval-steps", 10]
+    succeed(*options(place, place / "easy", *more))
+    return place / "easy"
+
+
+@pytest.fixture(scope="module")
+def spoilt(place: Path) -> Path:
+    """A run that is evaluated on other answers than it learns, so that it gets worse after its best step."""
+    lines = (place / "eval.jsonl").read_text().replace("yes", "yet")
+    (place / "other.jsonl").write_text(lines)
+    more = ["--length", 8, "--max-steps", 40, "--eval-steps", 4, "--eval-data", place / "other.jsonl"]
+    more += ["--learning-rate", 1]
+    succeed(*options(place, place / "spoilt", *more, evaluates=False))
+    return place / "spoilt"
+
+
+def loss_on_eval_rows(place: Path, prefix: Path | None, name: str = "eval.jsonl") -> float:
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    rows, _ = build_examples(load_rows(str(place / name)), tokenizer, DataConfig())
+    model = base if prefix is None else PrefixModel.from_pretrained(base, prefix)
+    return target_loss(model, rows, pad_token_id=0)[0]
+
+
+def test_easy_task_is_learnt(place: Path, easy: Path) -> None:
+    record = training_record(easy)
+    assert record["eval_loss"] < record["base_loss"] - 1
+    assert record["base_loss"] == pytest.approx(loss_on_eval_rows(place, None), abs=1e-6)
+    assert record["eval_loss"] == pytest.approx(loss_on_eval_rows(place, easy), abs=1e-5)
+
+
+def test_kept_prefix_is_the_one_of_the_best_step(place: Path, spoilt: Path) -> None:
+    record, told = training_record(spoilt), logged(spoilt, "eval_loss")
+    best = min(told, key=lambda pair: pair[1])
+    assert told[0][1] > best[1] < told[-1][1] - 0.1  # else the first or the last one would do
+    assert (record["best_step"], record["eval_loss"]) == best
+    assert bits(spoilt) == bits(spoilt / "best")
+    assert loss_on_eval_rows(place, spoilt, "other.jsonl") == pytest.approx(best[1], abs=1e-5)
+
+
+def test_last_step_is_evaluated_once(easy: Path, place: Path, tmp_path: Path) -> None:
+    assert [step for step, _ in logged(easy, "eval_loss")] == [10, 20, 30, 40, 50, 60]
+    succeed(*options(place, tmp_path / "run", "--length", 2, "--max-steps", 5, "--eval-steps", 2))
+    assert [step for step, _ in logged(tmp_path / "run", "eval_loss")] == [2, 4, 5]
+
+
+def test_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=2))
+    keep, state = KeepBest(tmp_path), TrainerState(global_step=1)
+    for step, loss in ((1, math.nan), (2, 3.0), (3, math.nan), (4, math.inf), (5, 3.5)):
+        state.global_step = step
+        keep.on_evaluate(None, state, None, metrics={"eval_loss": loss}, model=model)
+    assert (state.best_metric, state.best_global_step) == (3.0, 2)
+
+
+def test_without_evaluation_rows_the_last_prefix_is_kept(place: Path, tmp_path: Path) -> None:
+    succeed(*options(place, tmp_path / "run", *SHORT_RUN, evaluates=False))
+    record = training_record(tmp_path / "run")
+    assert record["eval_loss"] is record["base_loss"] is record["best_step"] is None
+    kept = load_file(tmp_path / "run" / "prefix.safetensors")["layers.0.key"]
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    model = PrefixModel.from_pretrained(base, tmp_path / "run", is_trainable=True)
+    state = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    model.load_state_dict(state)
+    assert torch.equal(model.prefix.bake().layers[0].key.detach(), kept)
+
+
+# --- the order of rows -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lengths() -> list[int]:
+    return torch.randint(5, 500, (203,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def batches_of(sampler: LengthGroupedSampler) -> list[list[int]]:
+    rows = list(sampler)
+    return [rows[start : start + sampler.batch_size] for start in range(0, len(rows), sampler.batch_size)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 203, 500])
+def test_each_row_comes_once_an_epoch_and_in_another_order_in_the_next(
+    lengths: list[int], batch_size: int
+) -> None:
+    sampler = LengthGroupedSampler(lengths, batch_size, seed=0)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(len(lengths)))
+        assert list(sampler) == orders[-1]
+    if batch_size < len(lengths):
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+        assert list(LengthGroupedSampler(lengths, batch_size, seed=1)) != orders[0]
+
+
+def test_batches_hold_rows_of_similar_length_and_only_the_last_is_short(lengths: list[int]) -> None:
+    batches = batches_of(LengthGroupedSampler(lengths, 8, seed=0))
+    assert all(len(batch) == 8 for batch in batches[:-1])
+    assert len(batches[-1]) == 203 % 8
+
+    def padding(parts: list[list[int]]) -> int:
+        return sum(max(lengths[row] for row in part) - lengths[row] for part in parts for row in part)
+
+    as_they_come = [list(range(start, min(start + 8, 203))) for start in range(0, 203, 8)]
+    assert padding(batches) < padding(as_they_come) / 3
+
+
+def test_longest_full_batch_comes_first_and_lengths_do_not_drift(lengths: list[int]) -> None:
+    batches = batches_of(LengthGroupedSampler(lengths, 8, seed=0))
+    longest = [max(lengths[row] for row in batch) for batch in batches[:-1]]
+    assert longest[0] == max(longest)
+    rises = [later > earlier for earlier, later in pairwise(longest)]
+    assert any(rises)
+    assert not all(rises)
+
+
+def test_batches_that_are_trained_on_are_the_samplers(examples: list[Example], tmp_path: Path) -> None:
+    lengths = [len(example.input_ids) for example in examples]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=5, report_to="none", use_cpu=True, seed=9
+    )
+    arguments.remove_unused_columns = False
+    model = PrefixModel(tiny_model("llama", vocab_size=340), PrefixConfig(length=2))
+    trainer = PrefixTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=Collator(0),
+        pad_token_id=0,
+        lengths=lengths,
+    )
+    loader = trainer.get_train_dataloader()
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        sampler = LengthGroupedSampler(lengths, 5, seed=9)
+        sampler.set_epoch(epoch)
+        expected = [[lengths[row] for row in batch] for batch in batches_of(sampler)]
+        assert [batch["attention_mask"].sum(dim=1).tolist() for batch in loader] == expected
+
+
+# --- where numbers go --------------------------------------------------------------------------------------
+
+
+def test_unknown_reporter_is_wrong_usage_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
+    message = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--report-to", "tensorbord"), code=2)
+    assert "tensorbord" in message
+    assert "report" in message
+    assert not any(tmp_path.iterdir())
+
+
+def test_reporter_that_is_not_installed_is_told_with_its_name(place: Path, tmp_path: Path) -> None:
+    result = call(*options(place, tmp_path / "run", *SHORT_RUN, "--report-to", "clearml"))
+    assert result.exit_code in (1, 2)
+    assert "clearml" in result.stderr
+    assert "internal error" not in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_event_file_is_written_in_the_run_folder_when_asked_for(place: Path, tmp_path: Path) -> None:
+    succeed(*options(place, tmp_path / "quiet", *SHORT_RUN, "--report-to", "none"))
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))
+    args = options(place, tmp_path / "run", *SHORT_RUN, "--report-to", "tensorboard")
+    if importlib.util.find_spec("tensorboard") is None:
+        assert "prefixtune[tensorboard]" in fail(*args)
+    else:
+        succeed(*args)
+        assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_json_is_one_document_on_stdout(place: Path, tmp_path: Path) -> None:
+    args = options(place, tmp_path / "run", *SHORT_RUN, "--json")
+    document = json.loads(succeed(*args).stdout)
+    record = training_record(tmp_path / "run")
+    assert {name: document[name] for name in record} == record
+    assert document["prefix_file_bytes"] == (tmp_path / "run" / "prefix.safetensors").stat().st_size
+    assert document["output"] == str(tmp_path / "run")
+
+
+def test_summary_says_the_same_numbers(place: Path, tmp_path: Path) -> None:
+    text = succeed(*options(place, tmp_path / "run", *SHORT_RUN)).stdout
+    record = training_record(tmp_path / "run")
+    assert f"{record['base_loss']:.4f} (bare model) -> {record['eval_loss']:.4f}" in text
+    assert f"{record['trainable_parameters']:,} trainable parameters" in text
