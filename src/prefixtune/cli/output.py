@@ -13,6 +13,7 @@ from typing import IO, Any
 import click
 
 from prefixtune.errors import PrefixTuneError
+from prefixtune.progress import note
 
 __all__ = ["Failure", "describe_os_error", "print_json", "say"]
 
@@ -37,7 +38,7 @@ class Failure(click.ClickException):
 
 def say(text: str) -> None:
     """One line of news on stderr."""
-    _styled("", "", text)
+    note(text)
 
 
 def print_json(document: Any) -> None:

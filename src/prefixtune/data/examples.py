@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from prefixtune.data.chat import ChatTemplate
 from prefixtune.data.row import NoTargetError, Row, count_converted
 from prefixtune.data.templates import NO_TARGET, Encoded, FormatTemplate, HumanTemplate, Template, require_eos
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.progress import progress_bar
 
 __all__ = ["DataReport", "Example", "Prompt", "build_examples", "build_prompts"]
 
@@ -107,19 +108,21 @@ def build_examples(
     template = _template_for(config.template, tokenizer)
     examples: list[Example] = []
     dropped = converted = empty = unclosed = 0
-    for row in _track(rows, progress):
-        try:
-            encoded = template.encode(row)
-            example = _cut(encoded, row, config.max_length)
-        except NoTargetError:
-            if config.on_no_target == "error":
-                raise
-            dropped += 1
-            continue
-        examples.append(example)
-        converted += count_converted(row, template.fields(row))
-        empty += encoded.empty
-        unclosed += encoded.unclosed
+    with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
+        for row in rows:
+            advance(1)
+            try:
+                encoded = template.encode(row)
+                example = _cut(encoded, row, config.max_length)
+            except NoTargetError:
+                if config.on_no_target == "error":
+                    raise
+                dropped += 1
+                continue
+            examples.append(example)
+            converted += count_converted(row, template.fields(row))
+            empty += encoded.empty
+            unclosed += encoded.unclosed
     if not examples:
         raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
     report = DataReport(
@@ -199,15 +202,6 @@ def _cut(encoded: Encoded, row: Row, max_length: int) -> Example:
 
 def _count_targets(labels: Sequence[int]) -> int:
     return sum(label != NO_TARGET for label in labels[1:])  # nothing predicts the first token of a row
-
-
-def _track(rows: Sequence[Row], progress: bool) -> Iterable[Row]:
-    if not progress:
-        return rows
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(rows, description="tokenising", console=Console(stderr=True))  # stdout is the result
 
 
 def _plural(count: int, noun: str) -> str:
