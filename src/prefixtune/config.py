@@ -164,10 +164,16 @@ class TrainConfig(_Config):
     learning_rate: float | None = option(None, "peak learning rate; by parameterisation unless given")
     num_train_epochs: float = option(1.0, "passes over the training rows, unless --max-steps is given")
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
-    per_device_train_batch_size: int = option(8, "rows per forward pass")
-    per_device_eval_batch_size: int = option(8, "rows per forward pass in evaluation")
-    gradient_accumulation_steps: int = option(
-        1, "forward passes per optimizer step, weighted by target tokens"
+    per_device_train_batch_size: int = option(
+        8,
+        "rows per batch; run in passes of packing_length tokens, so that memory does not grow with it",
+    )
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step, weighted by target tokens")
+    packing: bool = option(
+        True, "run rows end to end in one pass, without padding, where the architecture allows it"
+    )
+    packing_length: int | None = option(
+        None, "tokens of one pass through the model; 512 unless given, or the longest row's"
     )
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
     lr_scheduler_type: str = option(
@@ -202,8 +208,8 @@ class TrainConfig(_Config):
             "num_train_epochs",
             "max_steps",
             "per_device_train_batch_size",
-            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
+            "packing_length",
             "logging_steps",
             "eval_steps",
             "save_steps",

@@ -1,7 +1,4 @@
-"""Measures a prefix on rows with known answers, beside the bare model. Knows no training and no files.
-
-Axes: B batch, T the longest row's tokens, V vocabulary, S the targets in a batch.
-"""
+"""Measures a prefix on rows with known answers, beside the bare model. Knows no training and no files."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Collator, Example, Prompt, Row, build_examples, build_prompts
+from prefixtune.data import Example, Prompt, Row, build_examples, build_prompts
 from prefixtune.errors import DataError
 from prefixtune.generate import check_ids, check_positions, ending, generate_batch
 from prefixtune.geometry import quiet_eval
+from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
+from prefixtune.model import PrefixModel
 from prefixtune.progress import progress_bar
 
 __all__ = ["Evaluation", "evaluate", "target_loss"]
@@ -65,47 +63,39 @@ def target_loss(
     examples: Sequence[Example],
     *,
     pad_token_id: int,
-    batch_size: int = 8,
+    capacity: int = PASS_TOKENS,
+    packing: bool = True,
     progress: str | None = None,
 ) -> tuple[float, int]:
     """Mean negative log likelihood per target token in nats, and the number of target tokens.
 
-    Each target token counts the same, whatever row or batch it is in. Logits become float32 before the loss.
+    Each target token counts the same, whatever row or pass it is in; its logits are float32.
 
     Args:
         model: a PrefixModel, or a bare base model; it is in evaluation mode meanwhile.
+        capacity: tokens of a pass through the model; a longer row has one of its own.
+        packing: documents end to end where the model allows it.
 
     Raises:
         DataError: there is no target token, or a row is longer than the model has positions.
     """
     check_ids(model, (example.input_ids for example in examples))
-    check_positions(model, max((len(example.input_ids) for example in examples), default=0))
-    collate = Collator(pad_token_id)
-    order = sorted(examples, key=lambda example: -len(example.input_ids))  # less padding
-    total, count = 0.0, 0
-    with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(order)) as advance:
-        for start in range(0, len(order), batch_size):
-            batch = collate(order[start : start + batch_size])
-            nats, targets = _batch_loss(model, {name: x.to(model.device) for name, x in batch.items()})
-            total, count = total + nats, count + targets
-            advance(batch["input_ids"].shape[0])
+    lengths = [len(example.input_ids) for example in examples]
+    check_positions(model, max(lengths, default=0))
+    count = sum(example.target_tokens for example in examples)
     if count == 0:
         raise DataError(f"there is no target token in {len(examples)} examples, so there is no loss")
+    base = model.base_model if has_prefix(model) else model
+    rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in examples]
+    total = 0.0
+    with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(rows)) as advance:
+        pairs = model.prefix() if has_prefix(model) else None
+        passes = Passes.of(base, capacity=max(capacity, *lengths), pad_token_id=pad_token_id, packing=packing)
+        for group in passes.plan(lengths):
+            with passes.loss([rows[row] for row in group], pairs) as loss:
+                total += float(loss)
+            advance(len(group))
     return total / count, count
-
-
-def _batch_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
-    """Summed negative log likelihood of the targets, and their number."""
-    device_type = batch["input_ids"].device.type
-    with torch.autocast(device_type, enabled=False):
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits  # [B, T, V]
-        labels = batch["labels"][:, 1:]  # [B, T-1]: the logits at t predict token t+1
-        chosen = labels != -100
-        picked = logits[:, :-1][chosen].float()  # [S, V]: float32 for the targets only
-        nats = F.cross_entropy(picked, labels[chosen], reduction="sum")
-    return float(nats), int(chosen.sum())
 
 
 def evaluate(
@@ -133,11 +123,11 @@ def evaluate(
         DataError: a row cannot be used.
     """
     examples, report = build_examples(rows, tokenizer, data_config)
-    models = {"": model} | ({"base_": model.base_model} if base and _has_prefix(model) else {})
+    models = {"": model} | ({"base_": model.base_model} if base and has_prefix(model) else {})
     found: dict[str, Any] = {"samples": []}
     for prefix, one in models.items():
         pad, name = ending(one, tokenizer)["pad_token_id"], _name(prefix, "loss") if progress else None
-        loss, tokens = target_loss(one, examples, pad_token_id=pad, batch_size=batch_size, progress=name)
+        loss, tokens = target_loss(one, examples, pad_token_id=pad, progress=name)
         found |= {prefix + "loss": loss, prefix + "perplexity": _exp(loss), "target_tokens": tokens}
     if exact_match:
         prompts = build_prompts(rows, tokenizer, data_config)
@@ -166,10 +156,9 @@ def _score(samples: list[dict[str, Any]], texts: Sequence[str], prefix: str) -> 
     return hits / len(samples)
 
 
-def _has_prefix(model: Any) -> bool:
-    from prefixtune.model import PrefixModel
-
-    return isinstance(model, PrefixModel)  # a bare model has a base_model too: its body without the head
+def has_prefix(model: Any) -> bool:
+    """Whether `model` is a PrefixModel; a bare model has a base_model too: its body without the head."""
+    return isinstance(model, PrefixModel)
 
 
 def _name(prefix: str, what: str) -> str:

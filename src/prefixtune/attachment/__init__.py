@@ -11,9 +11,12 @@ index distances (sliding windows, chunks, alibi by index), mask counts (alibi by
 bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T text, D head dim.
 
 Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
-cache, mask and positions that the decoder sees).
+cache, mask and positions that the decoder sees). For training there are also `head` (the model in two
+halves), and `packed` with `documents` (several documents in one row without padding).
 """
 
+from prefixtune.attachment.head import head_of, last_hidden, splits
+from prefixtune.attachment.packed import packed, packs
 from prefixtune.attachment.session import attach, attach_pairs, supported
 
-__all__ = ["attach", "attach_pairs", "supported"]
+__all__ = ["attach", "attach_pairs", "head_of", "last_hidden", "packed", "packs", "splits", "supported"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.attachment.forward import forward_with_prefix
+from prefixtune.attachment.head import decoder_of
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
@@ -142,7 +143,7 @@ class Session:
     ) -> None:
         self.base: Any = base
         self.geometry, self.sources = geometry, sources
-        self.decoder = _decoder(base)
+        self.decoder = decoder_of(base)
         self.rows, self.names, self.broadcast = tuple(rows), tuple(names), broadcast
         self.lengths = [source[0][0].shape[1] for source in sources]
         self.generating = False
@@ -237,18 +238,6 @@ class Session:
         if not (key.requires_grad or value.requires_grad):
             self.blocks[place] = (key, value)
         return key, value
-
-
-def _decoder(base: Any) -> Any:
-    """The module that takes ids, masks, positions and the cache, and returns hidden states."""
-    found = base.get_decoder() if hasattr(base, "get_decoder") else base
-    if found is not base and found is not None:
-        return found
-    for name in (getattr(base, "base_model_prefix", ""), "model", "transformer"):
-        inner = getattr(base, name, None) if name else None
-        if isinstance(inner, nn.Module) and "past_key_values" in inspect.signature(inner.forward).parameters:
-            return inner
-    return base
 
 
 def _keep_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

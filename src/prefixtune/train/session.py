@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from prefixtune.attachment import packs
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
 from prefixtune.errors import ConfigError, DataError, RunError
@@ -20,6 +21,7 @@ from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.load import LoadedBase, load_base
+from prefixtune.loss import PASS_TOKENS, Passes
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.folder import check_resumed, finished, last_checkpoint, open_run, record_run
@@ -118,6 +120,7 @@ def train(
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
     pad = ending(base.model, base.tokenizer)["pad_token_id"]
+    passes = _passes(base, config, resolved["packing_length"], pad)
     trainer = _trainer(
         output,
         model=prefix_model,
@@ -127,14 +130,19 @@ def train(
         data_collator=Collator(pad),
         callbacks=[KeepBest(output)],
         pad_token_id=pad,
+        passes=passes,
         lengths=[len(example.input_ids) for example in examples],
     )
     record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
     base_loss = None
     if eval_examples:
-        batch = config.per_device_eval_batch_size
         base_loss, _ = target_loss(
-            base.model, eval_examples, pad_token_id=pad, batch_size=batch, progress="bare model"
+            base.model,
+            eval_examples,
+            pad_token_id=pad,
+            capacity=passes.capacity,
+            packing=passes.packing,
+            progress="bare model",
         )
         note(f"bare model: evaluation loss {base_loss:.4f}")
     steps, rate = resolved["steps"], resolved["learning_rate"]
@@ -169,8 +177,29 @@ def _resolve(
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size),
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
+        "packing_length": _packing_length(config, examples),
         "rows": _digest(examples),
     }
+
+
+def _packing_length(config: TrainConfig, examples: list[Example]) -> int:
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    needed = len(longest.input_ids)
+    if config.packing_length is not None and needed > config.packing_length:
+        raise DataError(
+            f"{longest.origin}: {needed} tokens do not fit a pass of packing_length {config.packing_length}",
+            hint=f"use --packing-length {needed}, or --max-length {config.packing_length}",
+        )
+    return config.packing_length or max(PASS_TOKENS, needed)
+
+
+def _passes(base: LoadedBase, config: TrainConfig, capacity: int, pad_token_id: int) -> Passes:
+    found = Passes.of(base.model, capacity=capacity, pad_token_id=pad_token_id, packing=config.packing)
+    if found.packing:
+        note(f"rows are packed, up to {capacity} tokens in a pass")
+    elif config.packing:
+        note(f"rows of similar length share a pass: {packs(base.model)}")
+    return found
 
 
 def _digest(examples: list[Example]) -> str:

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, MissingExtraError
 from prefixtune.evaluate import target_loss
+from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
 from prefixtune.train.folder import METRICS, cut_metrics
 
@@ -30,37 +31,99 @@ WINDOW = 8  # batches: short enough to keep the order random, long enough to bri
 
 
 class PrefixTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose evaluation counts every target token the same; its checkpoints hold the prefix only.
+    """Trainer with our loss: rows in passes of bounded size, target tokens only, the prefix made once a step.
+
+    Every target token of an optimizer step counts the same, whatever row, pass, batch or process it is in.
+    Checkpoints hold the prefix only.
 
     Args:
-        pad_token_id: fills shorter rows of an evaluation batch.
-        lengths: tokens of each training row, to put rows of similar length into a batch.
+        pad_token_id: fills shorter rows where rows cannot be packed.
+        passes: how a batch is run through the model; packed in passes of 512 tokens by default.
+        lengths: tokens of each training row, to put rows of similar length into a batch. Not needed where
+            rows are packed.
     """
 
     def __init__(
-        self, *args: Any, pad_token_id: int, lengths: Sequence[int] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        pad_token_id: int,
+        passes: Passes | None = None,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.pad_token_id, self.lengths = pad_token_id, lengths
+        self.lengths = lengths
+        self.step: _Step | None = None
         super().__init__(*args, **kwargs)
+        base = self.accelerator.unwrap_model(self.model).base_model
+        self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, seed=self.args.seed)
+        size = 1 if self.passes.packing else self.args.train_batch_size
+        return LengthGroupedSampler(self.lengths, size, seed=self.args.seed)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one batch; the last one of an optimizer step ends it in the prefix."""
+        model.train()
+        if self.step is None:
+            self.step = _Step(self.accelerator.unwrap_model(model).prefix())
+        rows = RowTokens.of_batch(inputs)
+        total = torch.zeros((), device=self.args.device)
+        for group in self.passes.plan([len(row.input_ids) for row in rows]):
+            with self.passes.loss([rows[row] for row in group], self.step.leaves) as loss:
+                mean = loss / num_items_in_batch
+                mean.backward()  # type: ignore[no-untyped-call]
+            total += mean.detach()
+        if self.accelerator.sync_gradients:
+            self.step.finish(self.accelerator)
+            self.step = None
+        shown: torch.Tensor = total * self.accelerator.num_processes  # Trainer logs the mean over processes
+        return shown
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        batch = self.args.per_device_eval_batch_size
         loss, tokens = target_loss(
-            model, rows, pad_token_id=self.pad_token_id, batch_size=batch, progress="evaluating"
+            model,
+            rows,
+            pad_token_id=self.passes.pad_token_id,
+            capacity=self.passes.capacity,
+            packing=self.passes.packing,
+            progress="evaluating",
         )
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_target_tokens": tokens}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class _Step:
+    """One optimizer step's prefix: made once, its gradient gathered over all passes, then sent back once.
+
+    With a projection this is what keeps the MLP out of the passes: its cost does not grow with the rows.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.made = [tensor for pair in pairs for tensor in pair]
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]
+        self.leaves = list(zip(leaves[::2], leaves[1::2], strict=True))
+
+    def finish(self, accelerator: Any) -> None:
+        """The gradient of all processes into the parameters behind the prefix."""
+        leaves = [leaf for pair in self.leaves for leaf in pair]
+        trained = [
+            (made, leaf.grad) for made, leaf in zip(self.made, leaves, strict=True) if made.requires_grad
+        ]
+        gradients = [made.new_zeros(made.shape) if grad is None else grad for made, grad in trained]
+        if accelerator.num_processes > 1:
+            # the wrapper that would do this never sees a backward pass: its forward is not called
+            flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
+            sizes = [g.numel() for g in gradients]
+            gradients = [part.view_as(g) for part, g in zip(flat.split(sizes), gradients, strict=True)]
+        torch.autograd.backward([made for made, _ in trained], gradients)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -111,7 +174,6 @@ def training_arguments(
         for name in (
             "num_train_epochs",
             "per_device_train_batch_size",
-            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "lr_scheduler_type",
             "weight_decay",

@@ -1,0 +1,93 @@
+"""The model in two halves: the decoder that gives hidden states, and the head that turns them into logits.
+
+Between the two, hidden states can be left out (a token that is no target needs no logits) or taken in chunks.
+Axes: S tokens, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from prefixtune.errors import UnsupportedModelError
+from prefixtune.geometry import quiet_eval, text_config
+
+__all__ = ["decoder_of", "head_of", "last_hidden", "splits"]
+
+
+class _Ready(BaseModelOutputWithPast):  # type: ignore[misc]
+    """A decoder's output that has hidden states, and None for whatever else a model may look for in it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def decoder_of(base: Any) -> Any:
+    """The module that takes ids, masks, positions and the cache, and returns hidden states."""
+    import inspect
+
+    found = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if found is not base and found is not None:
+        return found
+    for name in (getattr(base, "base_model_prefix", ""), "model", "transformer"):
+        inner = getattr(base, name, None) if name else None
+        if isinstance(inner, nn.Module) and "past_key_values" in inspect.signature(inner.forward).parameters:
+            return inner
+    return base
+
+
+def last_hidden(base: Any, **inputs: Any) -> Tensor:
+    """The decoder's last hidden states [B, T, d]; a prefix that is attached is before every row."""
+    found: Tensor = decoder_of(base)(use_cache=False, return_dict=True, **inputs).last_hidden_state
+    return found
+
+
+def head_of(base: Any) -> Callable[[Tensor], Tensor]:
+    """Hidden states [S, d] to logits [S, V] by the model's own forward, with its scales, caps and biases."""
+    decoder = decoder_of(base)
+
+    def head(hidden: Tensor) -> Tensor:
+        with _decoder_gives(decoder, hidden[None]):
+            logits: Tensor = base(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits
+        return logits[0]
+
+    return head
+
+
+@contextmanager
+def _decoder_gives(decoder: Any, hidden: Tensor) -> Iterator[None]:
+    own = vars(decoder)
+    had, before = "forward" in own, own.get("forward")
+    own["forward"] = lambda *args, **kwargs: _Ready(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        if had:
+            own["forward"] = before
+        else:
+            del own["forward"]
+
+
+@torch.no_grad()
+def splits(base: Any) -> bool:
+    """Whether the head on the decoder's hidden states gives the model's own logits, tried on a few tokens."""
+    decoder, weight = decoder_of(base), next(base.parameters())
+    if decoder is base:
+        return False
+    if weight.is_meta:
+        return True
+    ids = (torch.arange(5, device=weight.device) * 131 + 7)[None] % text_config(base).vocab_size
+    with quiet_eval(base):
+        whole = base(input_ids=ids, use_cache=False).logits[0].float()
+        try:
+            parts = head_of(base)(last_hidden(base, input_ids=ids)[0]).float()
+        except (LookupError, ValueError, AttributeError, TypeError, RuntimeError, UnsupportedModelError):
+            return False  # a model of another build: it runs whole
+    return bool((parts - whole).norm() <= 1e-2 * whole.norm()) if parts.shape == whole.shape else False

@@ -1,0 +1,184 @@
+"""Several documents in one row: each attends to the prefix and to itself, at positions from P on.
+
+The decoder runs on [1, T] tokens without padding; only attention knows where documents begin, through an
+attention function that is registered with transformers. It needs no mask of T x T and no cache:
+
+    document of t tokens:   queries [t]  against  keys [P prefix; t of its own]
+
+Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens of the pack, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from prefixtune.attachment.documents import Layout, attend_documents
+from prefixtune.attachment.head import decoder_of, last_hidden
+from prefixtune.attachment.session import attach_pairs
+from prefixtune.errors import AttachError, UnsupportedModelError
+from prefixtune.geometry import Geometry, quiet_eval, text_config
+from prefixtune.prefix import PrefixKV
+
+__all__ = ["packed", "packs"]
+
+NAME = "prefixtune_packed"
+Pairs = Sequence[tuple[Tensor, Tensor]]
+_ACTIVE: dict[int, _Pack] = {}  # by id of the config that an attention module reads, while a pack is run
+_PACKS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# what models hand to their attention beyond the plain arguments, and what has no say here
+IGNORED = {"position_ids", "cache_position"}
+
+
+@dataclass
+class _Pack:
+    """One pack on its way through the decoder."""
+
+    geometry: Geometry
+    pairs: Pairs | None
+    layouts: dict[int | None, Layout]  # by window
+    hits: set[int]
+
+
+@contextmanager
+def packed(
+    base: nn.Module, pairs: Pairs | None, lengths: Sequence[int]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block, the callable takes ids [1, T] of documents end to end and gives hidden states [T, d].
+
+    A backward pass through recomputed layers (gradient checkpointing) belongs into the block too.
+
+    Args:
+        pairs: (key, value) [K, P, D] of each layer, with gradient or without; None for the bare model.
+        lengths: tokens of each document; they sum to T.
+
+    Raises:
+        AttachError: another prefix is attached.
+        UnsupportedModelError: the model does not take part in this (see `packs`).
+    """
+    if getattr(base, "prefixtune_attached", False):
+        raise AttachError("a prefix is attached to this model already", hint="leave attach(...) first")
+    geometry = Geometry.probe(base)
+    length = pairs[0][0].shape[1] if pairs is not None else 0
+    device = next(base.parameters()).device
+    windows = {layer.window for layer in geometry.layers}
+    layouts = {w: Layout.of(lengths, length, window=w, device=device) for w in windows}
+    pack = _Pack(geometry, pairs, layouts, set())
+    positions = torch.cat([torch.arange(length, length + t, device=device) for t in lengths])[None]  # [1, T]
+
+    def hidden(input_ids: Tensor) -> Tensor:
+        pack.hits.clear()
+        found = last_hidden(base, input_ids=input_ids, position_ids=positions)[0]
+        if len(pack.hits) != len(geometry.layers):
+            raise UnsupportedModelError(f"{type(base).__name__}: {_missed(pack)} does not attend by document")
+        return found
+
+    configs = _attention_configs(base)
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
+        _ACTIVE[id(config)] = pack
+    base.prefixtune_attached = True  # type: ignore[assignment]
+    try:
+        yield hidden
+    finally:
+        del base.prefixtune_attached
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+            _ACTIVE.pop(id(config), None)
+
+
+def _missed(pack: _Pack) -> str:
+    return f"layer {min(set(range(len(pack.geometry.layers))) - pack.hits)}"
+
+
+def _attention_configs(base: nn.Module) -> list[Any]:
+    found = {id(m.config): m.config for m in decoder_of(base).modules() if hasattr(m, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer for the running pack: query [1, H, T, D], key and value [1, K, T, D]."""
+    pack, layer = _ACTIVE[id(module.config)], module.layer_idx
+    unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in IGNORED]
+    if unknown or attention_mask is not None or query.shape[0] != 1:
+        what = unknown[0] if unknown else "a mask of its own" if query.shape[0] == 1 else "several rows"
+        raise UnsupportedModelError(f"{type(module).__name__} gives its attention {what}")
+    pack.hits.add(layer)
+    prefix = pack.pairs[layer] if pack.pairs is not None else None
+    out = attend_documents(
+        query[0],
+        key[0],
+        value[0],
+        prefix,
+        pack.layouts[pack.geometry.layers[layer].window],
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None  # [1, T, H, D]
+
+
+AttentionInterface.register(NAME, _packed_attention)
+
+
+def packs(base: nn.Module) -> str:
+    """Why this model's documents cannot be packed; empty where they can. Tried once, on a few tokens.
+
+    Alibi models build their bias for a whole row, models without transformers' attention interface cannot be
+    told where documents begin, and chunked attention counts from the row's start.
+    """
+    if base not in _PACKS:
+        _PACKS[base] = _why_not(base)
+    return _PACKS[base]
+
+
+@torch.no_grad()
+def _why_not(base: nn.Module) -> str:
+    config, weight = text_config(base), next(base.parameters())
+    if config.model_type == "bloom" or getattr(config, "alibi", False):
+        return f"{config.model_type} has alibi, a bias that is built for a whole row"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has layers that attend in chunks of the row"
+    ids = (torch.arange(16, device=weight.device) * 131 + 7)[None] % config.vocab_size
+    text, ids = ids[:, :4], ids[:, 4:]
+    lengths = (7, 5)
+    try:
+        with quiet_eval(base):
+            if weight.is_meta:
+                with packed(base, None, lengths) as run:
+                    run(ids)
+                return ""
+            pairs = [(layer.key, layer.value) for layer in PrefixKV.from_tokens(base, text).layers]
+            with attach_pairs(base, pairs, name="trial"):
+                alone = [last_hidden(base, input_ids=part)[0].float() for part in ids.split(lengths, dim=1)]
+            with packed(base, pairs, lengths) as run:
+                together = run(ids).float()
+    except (LookupError, ValueError, AttributeError, TypeError, RuntimeError, UnsupportedModelError) as error:
+        return f"{config.model_type} cannot be told where documents begin ({error})"
+    expected = torch.cat(alone)
+    exact = weight.dtype in (torch.float32, torch.float64)
+    error_norm = float((together - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error_norm <= (1e-4 if exact else 0.05):
+        return f"{config.model_type} gives packed documents other hidden states (off by {error_norm:.1g})"
+    return ""
