@@ -164,3 +164,29 @@ def test_evaluation_between_steps_changes_no_step(family: str, kind: str, tmp_pa
     assert losses[-1] < losses[0]
     for found, expected in zip(tensors(evaluated), tensors(plain), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "gpt2"])
+def test_projection_made_once_a_step_has_the_gradient_of_one_made_for_each_row(
+    family: str, tmp_path: Path
+) -> None:
+    """Four batches of two rows make an optimizer step; the reference runs the MLP and one row at a time."""
+    model = fresh(family, projection=True)
+    ours = trainer("ours", model, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    batches = [Collator(0)(rows()[first : first + 2]) for first in range(0, 8, 2)]
+    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    calls: list[int] = []
+    handle = model.prefix.register_forward_hook(lambda *_: calls.append(1))
+    for index, batch in enumerate(batches):
+        ours.accelerator.gradient_state._set_sync_gradients(index == 3)
+        ours.training_step(model, batch, torch.tensor(targets))
+    handle.remove()
+    assert len(calls) == 1
+    found = [parameter.grad.clone() for parameter in model.prefix.parameters()]
+    model.zero_grad()
+    for row in rows():
+        logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+        (cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum") / targets).backward()
+    for mine, parameter in zip(found, model.prefix.parameters(), strict=True):
+        assert torch.allclose(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+        assert parameter.grad.abs().max() > 0
