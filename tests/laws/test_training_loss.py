@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from families import EXTRA, FAMILIES, VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
-from prefixtune.attachment.documents import Layout, attend_documents
+from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
 from prefixtune.loss import Passes, RowTokens, chunked_cross_entropy, group_rows, pack_rows
 
 LENGTHS = (9, 4, 12, 1, 7)
@@ -116,7 +116,7 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(window, prefix, 
     )
     front = (random(kv_heads, prefix, dim), random(kv_heads, prefix, value_dim))
     options = {name: random(heads) if name == "sinks" else given for name, given in extra.items()}
-    layout = Layout.of(lengths, prefix, window=window, device=torch.device("cpu"))
+    layout = Layout(lengths, prefix, window, torch.device("cpu"))
     out = attend_documents(query, key, value, front, layout, scale=0.4, **options)
 
     parts = []
@@ -137,6 +137,9 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(window, prefix, 
     leaves = [query, key, value, *front, *(t for t in options.values() if isinstance(t, torch.Tensor))]
     found, wanted = (torch.autograd.grad((o * weight).sum(), leaves) for o in (out, expected))
     assert torch.allclose(out, expected, atol=1e-12)
+    if not extra:  # what a GPU runs
+        at_once = _attend_at_once(query, key, value, front, layout, scale=0.4, dropout=0.0)
+        assert torch.allclose(at_once, expected, atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, wanted, strict=True))
 
 

@@ -1,96 +1,122 @@
-"""Attention of the documents of a pack to a shared prefix and to themselves, in blocks of queries.
+"""Attention of the documents of a pack to a shared prefix and to themselves.
 
-A block is up to 128 queries of one document against the keys they may see: nothing is computed for what
-another document's mask would hide, and half of a long document's future is left out. Scores and softmax are
-float32 whatever the model's precision; in bfloat16 they would lose the gradient (bench/LOG.md).
+On a CPU it is done in blocks of queries: up to 128 queries of one document against the keys they may see. So
+nothing is computed for what another document's mask would hide, and half of a long document's future is left
+out. On a GPU one fused kernel with a mask is faster than many small ones. Scores and softmax are float32
+whatever the model's precision: in bfloat16 the gradient would be visibly off.
 
 Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim, N = all documents' keys, each
-with its copy of the prefix: [P; t1; P; t2; ...].
+with its copy of the prefix: [P; t1; P; t2; ...]. Queries that share a kv head lie together: [K, T*G, D].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Layout", "attend_documents"]
 
 BLOCK = 128  # queries: below it matmuls get slow, above it too much of the future is computed
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Block:
-    """Queries `first` to `last` of the pack, keys `start` to `end` of N, and an additive mask for them."""
+    """Queries `first` to `last` of the pack against keys `start` to `end` of N; `before` lie before them."""
 
     first: int
     last: int
     start: int
     end: int
-    hidden: Tensor
+    before: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Layout:
-    """Where documents, their keys and their blocks are.
+    """Where the documents of a pack, their keys and their blocks are.
 
     Attributes:
-        documents: the blocks of each document.
-        gather: [N] index of each key in [prefix; pack].
-        own: [T] index in N of each token's key.
-        shared: [documents, P] index in N of each copy of the prefix.
+        lengths: tokens of each document.
+        prefix: virtual tokens P.
+        window: how many positions a token sees, itself included; None for all before it.
+        device: of the model.
     """
 
-    documents: tuple[tuple[Block, ...], ...]
-    gather: Tensor
-    own: Tensor
-    shared: Tensor
+    lengths: tuple[int, ...]
+    prefix: int
+    window: int | None
+    device: torch.device
 
-    @classmethod
-    def of(cls, lengths: Sequence[int], prefix: int, *, window: int | None, device: torch.device) -> Layout:
-        documents, gather, own, shared = [], [], [], []
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        found = []
         token = key = 0
-        for t in lengths:
-            gather += [torch.arange(prefix), torch.arange(prefix + token, prefix + token + t)]
-            own.append(torch.arange(key + prefix, key + prefix + t))
-            shared.append(torch.arange(key, key + prefix))
+        for t in self.lengths:
             size = -(-t // -(-t // BLOCK))  # blocks of nearly equal size
-            blocks = []
             for a in range(0, t, size):
                 b = min(t, a + size)
-                seen = 0 if window is None else max(0, prefix + a - window + 1)  # the first key in the window
-                blocks.append(
-                    Block(
-                        first=token + a,
-                        last=token + b,
-                        start=key + seen,
-                        end=key + prefix + b,
-                        hidden=_future(b - a, prefix + a - seen, window, device),
-                    )
-                )
-            documents.append(tuple(blocks))
-            token, key = token + t, key + prefix + t
-        return cls(
-            documents=tuple(documents),
-            gather=torch.cat(gather).to(device),
-            own=torch.cat(own).to(device),
-            shared=torch.stack(shared).to(device),
+                unseen = 0 if self.window is None else max(0, self.prefix + a - self.window + 1)
+                before = self.prefix + a - unseen
+                found.append(Block(token + a, token + b, key + unseen, key + self.prefix + b, before))
+            token, key = token + t, key + self.prefix + t
+        return tuple(found)
+
+    @cached_property
+    def gather(self) -> Tensor:
+        """[N] where each key is in [prefix; pack]."""
+        parts, token = [], self.prefix
+        for t in self.lengths:
+            parts += [torch.arange(self.prefix), torch.arange(token, token + t)]
+            token += t
+        return torch.cat(parts).to(self.device)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """[T] where each token's own key is in N."""
+        document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return (torch.arange(sum(self.lengths)) + (document + 1) * self.prefix).to(self.device)
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """[documents, P] where the copies of the prefix are in N."""
+        lengths = torch.tensor([0, *self.lengths[:-1]])
+        first = lengths.cumsum(0) + torch.arange(len(lengths)) * self.prefix
+        return (first[:, None] + torch.arange(self.prefix)).to(self.device)
+
+    def masks(self, groups: int) -> list[Tensor]:
+        """For each block [t*G, keys] in float32: 0 where a query sees a key, -inf elsewhere."""
+        if groups not in self._masks:
+            self._masks[groups] = [self._mask(block).repeat_interleave(groups, 0) for block in self.blocks]
+        return self._masks[groups]
+
+    @cached_property
+    def _masks(self) -> dict[int, list[Tensor]]:
+        return {}
+
+    def _mask(self, block: Block) -> Tensor:
+        query = block.before + torch.arange(block.last - block.first, device=self.device)[:, None]
+        key = torch.arange(block.end - block.start, device=self.device)[None]
+        unseen = key > query
+        if self.window is not None:
+            unseen = unseen | (key <= query - self.window)
+        return torch.zeros(unseen.shape, device=self.device).masked_fill_(unseen, float("-inf"))
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """[T, P+T] bool: what each token sees of [prefix; pack]."""
+        lengths = torch.tensor(self.lengths)
+        document = torch.arange(len(lengths)).repeat_interleave(lengths)
+        place = self.prefix + torch.cat([torch.arange(t) for t in self.lengths])  # in its own document
+        distance = place[:, None] - torch.cat([torch.arange(self.prefix), place])
+        mine = torch.cat(
+            [torch.ones(len(place), self.prefix, dtype=torch.bool), document[:, None] == document], dim=1
         )
-
-
-@lru_cache(maxsize=256)
-def _future(queries: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """[queries, before + queries]: 0 where a query sees a key, -inf after it and beyond the window."""
-    query = before + torch.arange(queries, device=device)[:, None]
-    key = torch.arange(before + queries, device=device)[None]
-    unseen = key > query
-    if window is not None:
-        unseen = unseen | (key <= query - window)
-    return torch.zeros(unseen.shape, device=device).masked_fill_(unseen, float("-inf"))
+        near = distance < self.window if self.window is not None else torch.ones_like(mine)
+        return (mine & near & (distance >= 0)).to(self.device)
 
 
 def attend_documents(
@@ -117,27 +143,45 @@ def attend_documents(
         [T, H, Dv] in the query's precision.
     """
     prefix = prefix or (key[:, :0], value[:, :0])
-    if dropout == 0.0 and not softcap and sinks is None:
+    plain = not softcap and sinks is None
+    if plain and query.is_cuda:
+        return _attend_at_once(query, key, value, prefix, layout, scale=scale, dropout=dropout)
+    if plain and dropout == 0.0:
         out: Tensor = _Documents.apply(query, key, value, *prefix, layout, scale)  # type: ignore[no-untyped-call]
         return out
+    groups, by_group = len(query) // len(key), _by_group(query, len(key))
     key, value = _with_prefix(key, prefix[0], layout), _with_prefix(value, prefix[1], layout)  # [K, N, D]
     parts = []
-    for block in (block for document in layout.documents for block in document):
-        scores = _wide(_grouped(query[:, block.first : block.last], key.shape[0])) @ _wide(
-            key[:, block.start : block.end]
-        ).transpose(1, 2)
-        scores = scores.mul(scale).reshape(len(key), -1, block.last - block.first, block.end - block.start)
+    for block, mask in zip(layout.blocks, layout.masks(groups), strict=True):
+        rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
+        scores = _wide(by_group[:, rows]) @ _wide(key[:, seen]).transpose(1, 2) * scale  # [K, t*G, keys]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + block.hidden.to(scores.dtype)
+        scores = scores + mask.to(scores.dtype)
         if sinks is not None:
-            sink = sinks.to(scores).view(key.shape[0], -1, 1, 1).expand(-1, -1, scores.shape[2], 1)
-            scores = torch.cat([scores, sink], dim=3)
-        weights = torch.softmax(scores, dim=3)[..., : block.end - block.start].to(query.dtype)
-        weights = torch.nn.functional.dropout(weights, dropout)
-        mixed = weights.flatten(1, 2) @ value[:, block.start : block.end]  # [K, G*t, Dv]
-        parts.append(mixed.view(query.shape[0], -1, value.shape[2]).transpose(0, 1))
-    return torch.cat(parts)
+            sink = sinks.to(scores).view(len(key), 1, groups).expand(-1, block.last - block.first, -1)
+            scores = torch.cat([scores, sink.reshape(len(key), -1, 1)], dim=2)
+        weights = torch.softmax(scores, dim=2)[..., : block.end - block.start].to(query.dtype)
+        parts.append(F.dropout(weights, dropout) @ value[:, seen])
+    return _by_token(torch.cat(parts, dim=1), groups)
+
+
+def _attend_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    layout: Layout,
+    *,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """`attend_documents` by one call with a mask over [prefix; pack]."""
+    keys = torch.cat([prefix[0].to(key), key], dim=1)[None]
+    values = torch.cat([prefix[1].to(value), value], dim=1)[None]
+    return F.scaled_dot_product_attention(
+        query[None], keys, values, layout.whole, dropout, scale=scale, enable_gqa=len(query) != len(key)
+    )[0].transpose(0, 1)
 
 
 def _with_prefix(text: Tensor, prefix: Tensor, layout: Layout) -> Tensor:
@@ -145,9 +189,16 @@ def _with_prefix(text: Tensor, prefix: Tensor, layout: Layout) -> Tensor:
     return torch.cat([prefix.to(text), text], dim=1).index_select(1, layout.gather)
 
 
-def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
-    """[H, t, D] to [K, G*t, D]: the queries that share a kv head, one after another."""
-    return rows.reshape(kv_heads, -1, rows.shape[2])
+def _by_group(rows: Tensor, kv_heads: int) -> Tensor:
+    """[H, T, D] to [K, T*G, D]."""
+    heads, tokens, dim = rows.shape
+    return rows.reshape(kv_heads, heads // kv_heads, tokens, dim).transpose(1, 2).reshape(kv_heads, -1, dim)
+
+
+def _by_token(rows: Tensor, groups: int) -> Tensor:
+    """[K, T*G, D] to [T, H, D]."""
+    kv_heads, _, dim = rows.shape
+    return rows.reshape(kv_heads, -1, groups, dim).transpose(0, 1).reshape(-1, kv_heads * groups, dim)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -168,53 +219,49 @@ class _Documents(torch.autograd.Function):
         layout: Layout,
         scale: float,
     ) -> Tensor:
+        groups = len(query) // len(key)
+        ctx.layout, ctx.scale, ctx.groups = layout, scale, groups
         ctx.prefix_dtypes = prefix_key.dtype, prefix_value.dtype
+        query = _by_group(query, len(key))  # [K, T*G, D]
         key, value = _with_prefix(key, prefix_key, layout), _with_prefix(value, prefix_value, layout)
-        kv_heads, groups = key.shape[0], query.shape[0] // key.shape[0]
-        wide = _wide(key).transpose(1, 2)  # [K, D, N]
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])  # [T, H, Dv]
+        wide_query, wide_key = _wide(query), _wide(key).transpose(1, 2)
+        out = query.new_empty(*query.shape[:2], value.shape[2])
         kept = []
-        for block in (block for document in layout.documents for block in document):
-            hidden = block.hidden.to(wide.dtype).repeat(groups, 1)
-            rows = _grouped(_wide(query[:, block.first : block.last]), kv_heads)
-            scores = torch.baddbmm(hidden, rows, wide[:, :, block.start : block.end], alpha=scale)
-            weights = torch.softmax(scores, dim=2).to(query.dtype)  # [K, G*t, n]
-            mixed = torch.bmm(weights, value[:, block.start : block.end])
-            out[block.first : block.last] = mixed.view(query.shape[0], -1, value.shape[2]).transpose(0, 1)
+        for block, mask in zip(layout.blocks, layout.masks(groups), strict=True):
+            rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
+            mask = mask.to(wide_query.dtype)
+            scores = torch.baddbmm(mask, wide_query[:, rows], wide_key[:, :, seen], alpha=scale)
+            weights = torch.softmax(scores, dim=2).to(query.dtype)  # [K, t*G, keys]
+            out[:, rows] = weights @ value[:, seen]
             kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.layout, ctx.scale = layout, scale
-        return out
+        return _by_token(out, groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, *kept = ctx.saved_tensors
-        layout, low, kv_heads = ctx.layout, query.dtype, key.shape[0]
-        wide = _wide(value).transpose(1, 2)  # [K, Dv, N]
-        of_query = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(
-            0, 1
-        )  # [H, T, D]
-        of_key = torch.zeros(key.shape, dtype=wide.dtype, device=key.device)
-        of_value = torch.zeros(value.shape, dtype=wide.dtype, device=key.device)
-        for block, weights in zip((b for d in layout.documents for b in d), kept, strict=True):
-            rows, seen = slice(block.first, block.last), slice(block.start, block.end)
-            out = _grouped(gradient[rows].transpose(0, 1), kv_heads)  # [K, G*t, Dv]
-            of_value[:, seen] += weights.transpose(1, 2) @ out
-            scores = torch._softmax_backward_data(
-                torch.bmm(_wide(out), wide[:, :, seen]), _wide(weights), 2, wide.dtype
-            )
-            scores = scores.mul_(ctx.scale).to(low)
-            of_query[:, rows] = (scores @ key[:, seen]).view(query.shape[0], -1, query.shape[2])
-            of_key[:, seen] += scores.transpose(1, 2) @ _grouped(query[:, rows], kv_heads)
+        layout, groups, low = ctx.layout, ctx.groups, query.dtype
+        gradient = _by_group(gradient.transpose(0, 1), len(key))  # [K, T*G, Dv]
+        wide_gradient, wide_value = _wide(gradient), _wide(value).transpose(1, 2)
+        of_query = torch.empty_like(query)
+        of_key = torch.zeros(key.shape, dtype=wide_value.dtype, device=key.device)
+        of_value = torch.zeros(value.shape, dtype=wide_value.dtype, device=key.device)
+        for block, weights in zip(layout.blocks, kept, strict=True):
+            rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
+            of_value[:, seen] += weights.transpose(1, 2) @ gradient[:, rows]
+            of_weights = wide_gradient[:, rows] @ wide_value[:, :, seen]
+            of_scores = torch._softmax_backward_data(of_weights, _wide(weights), 2, of_weights.dtype)
+            of_scores = of_scores.mul_(ctx.scale).to(low)
+            of_query[:, rows] = of_scores @ key[:, seen]
+            of_key[:, seen] += of_scores.transpose(1, 2) @ query[:, rows]
         text_key, prefix_key = _apart(of_key, layout)
         text_value, prefix_value = _apart(of_value, layout)
-        kinds = ctx.prefix_dtypes
         return (
-            of_query,
+            _by_token(of_query, groups).transpose(0, 1),
             text_key.to(low),
             text_value.to(low),
-            prefix_key.to(kinds[0]),
-            prefix_value.to(kinds[1]),
+            prefix_key.to(ctx.prefix_dtypes[0]),
+            prefix_value.to(ctx.prefix_dtypes[1]),
             None,
             None,
         )

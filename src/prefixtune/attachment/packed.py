@@ -69,7 +69,7 @@ def packed(
     length = pairs[0][0].shape[1] if pairs is not None else 0
     device = next(base.parameters()).device
     windows = {layer.window for layer in geometry.layers}
-    layouts = {w: Layout.of(lengths, length, window=w, device=device) for w in windows}
+    layouts = {w: Layout(tuple(lengths), length, w, device) for w in windows}
     pack = _Pack(geometry, pairs, layouts, set())
     positions = torch.cat([torch.arange(length, length + t, device=device) for t in lengths])[None]  # [1, T]
 
