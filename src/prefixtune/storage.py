@@ -2,7 +2,8 @@
 
     prefix.safetensors      layers.{i}.key, layers.{i}.value: [kv_heads, P, head_dim]
     prefix.json             schema, base, geometry, parameterisation, template, training record, sha256
-    trainable.safetensors   the projection's weights, where there is one, so that training can go on
+    trainable.safetensors   the projection's weights, where there is one, so that training can go on, and
+                            the KV of the layers that do not train, whose names tell which these are
     README.md               the model card
 
 Knows no model; never unpickles.

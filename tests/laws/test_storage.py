@@ -116,6 +116,16 @@ def test_folder_that_names_layers_which_its_base_has_not_is_refused(folder: Path
             load(folder, is_trainable=is_trainable)
 
 
+def test_projection_of_other_layers_than_the_folder_names_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "prefix"
+    trained("llama", projection=True, layers="0").save_pretrained(folder)
+    info = json.loads((folder / "prefix.json").read_text())
+    info["config"]["layers"] = "1"  # of the same shape
+    (folder / "prefix.json").write_text(json.dumps(info))
+    with pytest.raises(StorageError, match="do not fit"):
+        load(folder)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     trained("llama", projection=True).save_pretrained(tmp_path / "prefix")
