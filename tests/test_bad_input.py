@@ -221,6 +221,8 @@ def test_tokens_beyond_the_models_vocabulary_are_told(place: Path) -> None:
         (["--seed", -1], "seed"),
         (["--seed", 2**40], "seed"),
         (["--hidden-size", 4], "projection"),
+        (["--layers", "top"], "expected top:N"),
+        (["--layers", "0-9"], "layers: the model has 2 layers, 0 to 1; got '0-9'"),
         (["--init-text", ""], "init_text"),
         (["--init-text", "  "], "init_text"),
         (["--init", "text"], "init_text"),
@@ -241,7 +243,9 @@ def test_wrong_option_is_told_by_its_name(place: Path, options: list[Any], said:
     refused(place, *train(place, place / "never", *options), said=said)
 
 
-@pytest.mark.parametrize("options", [["--length", 0], ["--hidden-size", 4], ["--init-text", ""]])
+@pytest.mark.parametrize(
+    "options", [["--length", 0], ["--hidden-size", 4], ["--init-text", ""], ["--layers", "3-1"]]
+)
 def test_wrong_option_of_the_prefix_is_told_before_the_model_is_loaded(
     place: Path, options: list[Any]
 ) -> None:
@@ -357,6 +361,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no length": edit(length=...),
     "no training": edit(training=...),
     "no template": edit(template=...),
+    "layers that the base has not": edit(config={"length": 4, "layers": "2"}),
     "another length": edit(config={"length": 99}),
 }
 

@@ -300,6 +300,15 @@ def test_version_is_the_packages() -> None:
     [
         (["--length", "10"], 983_040, 1_304_094_720, 0.0754),
         (["--length", "10", "--projection"], 205_641_728, 1_508_753_408, 13.6299),
+        (["--length", "10", "--layers", "top:24"], 983_040, 1_304_094_720, 0.0754),
+        (["--length", "10", "--layers", "top:8"], 983_040 // 3, 1_303_439_360, 0.0251),
+        # of the projection only the last layer, [2048 + 1, numbers of the KV], is a third
+        (
+            ["--length", "10", "--layers", "0,5-11", "--projection"],
+            205_641_728 - 2049 * 16 * 2 * 2048,
+            1_303_111_680 + 71_358_464,
+            5.1917,
+        ),
     ],
 )
 def test_parameters_of_the_tutorials_bloom_are_the_tutorials(
@@ -312,6 +321,16 @@ def test_parameters_of_the_tutorials_bloom_are_the_tutorials(
     assert facts["trainable_percent"] == percent
     assert (facts["layers"], facts["kv_heads"], facts["key_dim"], facts["value_dim"]) == (24, 16, 128, 128)
     assert facts["prefix_file_bytes"] == 10 * 24 * 2 * 2048 * 4
+
+
+def test_inspect_tells_which_layers_train(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BLOOM))
+    facts = json.loads(succeed("inspect", tmp_path / "config.json", "--layers", "0,20-22", "--json").stdout)
+    assert facts["trained_layers"] == [0, 20, 21, 22]
+    assert "4 of 24 layers" in succeed("inspect", tmp_path / "config.json", "--layers", "0,20-22").stdout
+    everywhere = json.loads(succeed("inspect", tmp_path / "config.json", "--json").stdout)
+    assert everywhere["trained_layers"] == list(range(24))
+    assert "24 layers, 0 to 23" in fail("inspect", tmp_path / "config.json", "--layers", "24", code=2)
 
 
 def test_inspect_without_json_says_the_same_numbers(tmp_path: Path) -> None:

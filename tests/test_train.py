@@ -35,7 +35,11 @@ from prefixtune.train.trainer import KeepBest, LengthGroupedSampler
 from tokenizers_for_tests import byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
-PARAMETERISATIONS = {"direct": [], "projection": ["--projection", "--hidden-size", 8]}
+PARAMETERISATIONS = {
+    "direct": [],
+    "projection": ["--projection", "--hidden-size", 8],
+    "top-layer": ["--layers", "top:1", "--init", "random"],  # the frozen layer's noise is restored too
+}
 LONG_RUN = ["--length", 4, "--num-train-epochs", EPOCHS, "--save-steps", SAVED, "--eval-steps", 8]
 LONG_RUN += ["--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2, "--logging-steps", 1]
 SHORT_RUN = ["--length", 4, "--max-steps", 2]
@@ -271,6 +275,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["--learning-rate", 0.5], "learning_rate"),
         (["--template", "Q: {instruction} A: {output}"], "template"),
         (["--init", "random"], "init"),
+        (["--layers", "top:1"], "layers"),
     ],
 )
 def test_resume_with_other_options_is_refused_and_names_them(
@@ -474,6 +479,20 @@ def test_random_start_differs_by_seed_and_is_no_kv_of_the_rows(place: Path, tmp_
     keys = [load_file(tmp_path / name / "prefix.safetensors")["layers.0.key"] for name in ("1", "2", "rows")]
     assert not torch.allclose(keys[0], keys[1], atol=0.01)
     assert not torch.allclose(keys[0], keys[2], atol=0.01)
+
+
+def test_layers_that_do_not_train_keep_the_kv_of_the_text(place: Path, tmp_path: Path) -> None:
+    args = options(place, tmp_path / "run", *SHORT_RUN, "--init-text", "Answer.", "--layers", "1", "--json")
+    document = json.loads(succeed(*args).stdout)
+    ids = AutoTokenizer.from_pretrained(place / "model")("Answer.")["input_ids"][:4]
+    start = PrefixKV.from_tokens(AutoModelForCausalLM.from_pretrained(place / "model"), torch.tensor([ids]))
+    found = load_file(tmp_path / "run" / "prefix.safetensors")
+    for side in ("key", "value"):
+        assert torch.equal(found[f"layers.0.{side}"], getattr(start.layers[0], side))
+        assert not torch.equal(found[f"layers.1.{side}"], getattr(start.layers[1], side))
+    assert document["trainable_parameters"] == sum(found[f"layers.1.{s}"].numel() for s in ("key", "value"))
+    assert json.loads((tmp_path / "run" / "prefix.json").read_text())["config"]["layers"] == "1"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["prefix"]["layers"] == "1"
 
 
 def test_projection_starts_from_the_same_kv_as_the_direct_prefix(place: Path, tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Self, get_args, get_type_hints
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["DataConfig", "PrefixConfig", "TrainConfig", "option"]
+__all__ = ["DataConfig", "PrefixConfig", "TrainConfig", "chosen_layers", "option"]
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -94,9 +96,51 @@ def _positive(config: _Config, *names: str) -> None:
             raise ConfigError(f"{name}: expected more than 0; got {value}")
 
 
+def chosen_layers(layers: str | None, count: int) -> tuple[int, ...]:
+    """The numbers of the layers that train in a model of `count` layers, ascending; None means all.
+
+    Raises:
+        ConfigError: `layers` cannot be read, or names a layer that the model does not have.
+
+    Example:
+        >>> chosen_layers("top:3", 30), chosen_layers("0,5,28-29", 30)
+        ((27, 28, 29), (0, 5, 28, 29))
+    """
+    if layers is None:
+        return tuple(range(count))
+    ranges = _layer_ranges(layers)
+    if not -count <= ranges[0][0] <= ranges[-1][-1] < count:
+        raise ConfigError(f"layers: the model has {count} layers, 0 to {count - 1}; got {layers!r}")
+    return tuple(number % count for part in ranges for number in part)
+
+
+def _layer_ranges(layers: str) -> list[range]:
+    """The ranges that `layers` names, ascending; top:N counts from the model's end, so it is -N to -1."""
+    top = re.fullmatch(r"top:([1-9]\d{0,5})", layers, re.ASCII)
+    if top:
+        return [range(-int(top[1]), 0)]
+    ranges = []
+    for part in layers.split(","):
+        found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
+        if not found:
+            raise ConfigError(
+                f"layers: expected top:N, or layer numbers with commas and ranges; got {layers!r}",
+                hint="for example top:8 or 0,5,20-29; the layers are counted from 0",
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ConfigError(f"layers: expected a range that ascends; got {part.strip()} in {layers!r}")
+        ranges.append(range(first, last + 1))
+    ranges.sort(key=lambda part: part.start)
+    for lower, upper in pairwise(ranges):
+        if upper.start < lower.stop:
+            raise ConfigError(f"layers: layer {upper.start} is named twice in {layers!r}")
+    return ranges
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(_Config):
-    """The trainable prefix: its length, parameterisation and start.
+    """The trainable prefix: its length, parameterisation, start, and the layers that train.
 
     Example:
         >>> PrefixConfig(length=10, projection=True).length
@@ -115,9 +159,16 @@ class PrefixConfig(_Config):
     init_tokens: tuple[int, ...] | None = option(
         None, "the token ids whose KV the prefix starts from (init=tokens)"
     )
+    layers: str | None = option(
+        None,
+        "train in these layers only: top:8 (the 8 nearest to the output), or numbers from 0 such as "
+        "0,5,20-29; the others keep the KV that they start with; all layers by default",
+    )
 
     def check(self) -> None:
         _positive(self, "length", "hidden_size")
+        if self.layers is not None:
+            _layer_ranges(self.layers)  # which layers there are is known with the model
         if self.hidden_size is not None and not self.projection:
             raise ConfigError(
                 "hidden_size: only the projection has a hidden layer", hint="add projection=True"

@@ -167,6 +167,9 @@ class PrefixModel(nn.Module):
             base.activation_checkpointing_enable(activation_checkpointing_kwargs=function, **options)
         else:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=function, **options)
+        # transformers lets the embeddings carry a gradient, which only the re-entrant kind needs: every layer
+        # below the lowest one that trains would run backward for nothing
+        base.disable_input_require_grads()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any

@@ -6,14 +6,14 @@ Axes: H kv heads, P virtual tokens, D head dim, L layers. Knows no transformers 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from prefixtune.config import PrefixConfig
+from prefixtune.config import PrefixConfig, chosen_layers
 from prefixtune.errors import ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval
 
@@ -172,11 +172,28 @@ class _ProjectedKV(nn.Module):
         return pairs
 
 
+class _FrozenKV(nn.Module):
+    """The KV of the layers that do not train, as buffers: key_{i} and value_{i} [H, P, D] of layer i."""
+
+    def __init__(self, layers: Mapping[int, LayerKV]) -> None:
+        super().__init__()
+        self.numbers = tuple(layers)
+        for number, layer in layers.items():
+            self.register_buffer(f"key_{number}", layer.key.detach().clone())
+            self.register_buffer(f"value_{number}", layer.value.detach().clone())
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.get_buffer(f"key_{i}"), self.get_buffer(f"value_{i}")) for i in self.numbers]
+
+
 class Prefix(nn.Module):
     """The trainable prefix, in fp32 whatever the base's precision.
 
+    Layers that `config.layers` leaves out keep their start, as buffers: without parameters, gradient and
+    optimizer state. The state_dict has them, so that a checkpoint restores the whole prefix to the bit.
+
     Args:
-        config: length and parameterisation.
+        config: length, parameterisation, and which layers train.
         geometry: the base model's cache.
         start: the KV that the prefix equals before training; [H, P, D] per layer.
     """
@@ -190,16 +207,20 @@ class Prefix(nn.Module):
             )
         start = start.to(torch.float32)
         self.config = config
+        self.trained = chosen_layers(config.layers, len(geometry.layers))  # the numbers of the layers
+        begin = PrefixKV(tuple(start.layers[i] for i in self.trained))
         self.parameterisation: nn.Module = (
-            _ProjectedKV(start, geometry, config.hidden_size or geometry.hidden_size)
+            _ProjectedKV(begin, _only(geometry, self.trained), config.hidden_size or geometry.hidden_size)
             if config.projection
-            else _DirectKV(start)
+            else _DirectKV(begin)
         )
+        self.frozen = _FrozenKV({i: kv for i, kv in enumerate(start.layers) if i not in self.trained})
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """Per layer (key, value), [H, P, D], with gradient."""
-        pairs: list[tuple[Tensor, Tensor]] = self.parameterisation()
-        return pairs
+        """Per layer (key, value), [H, P, D]; with gradient in the layers that train, and only there."""
+        pairs = dict(zip(self.trained, self.parameterisation(), strict=True))
+        pairs |= zip(self.frozen.numbers, self.frozen(), strict=True)
+        return [pairs[number] for number in range(len(pairs))]
 
     @torch.no_grad()
     def bake(self) -> PrefixKV:
@@ -210,15 +231,19 @@ class Prefix(nn.Module):
 def count_parameters(geometry: Geometry, config: PrefixConfig, hidden_size: int | None = None) -> int:
     """Trainable numbers of a prefix, without making it.
 
+    Raises:
+        ConfigError: `config.layers` names a layer that the geometry does not have.
+
     Example:
         >>> count_parameters(bloom_1b4_geometry, PrefixConfig(length=10))      # doctest: +SKIP
         983040
     """
+    numbers = _only(geometry, chosen_layers(config.layers, len(geometry.layers))).numbers_per_token
     if not config.projection:
-        return config.length * geometry.numbers_per_token
+        return config.length * numbers
     model = hidden_size or geometry.hidden_size
     width = config.hidden_size or model
-    return config.length * model + (model + 1) * width + (width + 1) * geometry.numbers_per_token
+    return config.length * model + (model + 1) * width + (width + 1) * numbers
 
 
 def fit_length(token_ids: Sequence[int], length: int) -> list[int]:
@@ -248,6 +273,11 @@ def measured_noise(base: nn.Module, geometry: Geometry, length: int) -> PrefixKV
         return mean + spread * noise
 
     return PrefixKV(tuple(LayerKV(like(layer.key), like(layer.value)) for layer in sample.layers))
+
+
+def _only(geometry: Geometry, numbers: Sequence[int]) -> Geometry:
+    """The geometry with these of its layers."""
+    return replace(geometry, layers=tuple(geometry.layers[number] for number in numbers))
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

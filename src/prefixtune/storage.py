@@ -2,7 +2,8 @@
 
     prefix.safetensors      layers.{i}.key, layers.{i}.value: [kv_heads, P, head_dim]
     prefix.json             schema, base, geometry, parameterisation, template, training record, sha256
-    trainable.safetensors   the projection's weights, where there is one, so that training can go on
+    trainable.safetensors   the projection's weights, where there is one, so that training can go on, and
+                            the KV of the layers that do not train, whose names tell which these are
     README.md               the model card
 
 Knows no model; never unpickles.
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prefixtune.config import PrefixConfig
+from prefixtune.config import PrefixConfig, chosen_layers
 from prefixtune.errors import PrefixTuneError, StorageError
 from prefixtune.geometry import Fingerprint, Geometry
 from prefixtune.prefix import LayerKV, PrefixKV
@@ -159,6 +160,7 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
     try:
         config = PrefixConfig.from_dict(info["config"])
         geometry = Geometry.from_dict(info["geometry"])
+        chosen_layers(config.layers, len(geometry.layers))  # raises where the model has no such layers
         fingerprint = Fingerprint.from_dict(info["fingerprint"])
         digests = dict(info["sha256"])
         tensors = _read_tensors(folder / TENSORS, digests[TENSORS])
@@ -280,6 +282,8 @@ def _card(info: Mapping[str, Any]) -> str:
     record = "\n".join(
         f"| {name} | {value} |" for name, value in training.items() if not isinstance(value, dict)
     )
+    chosen = info["config"]["layers"]
+    where = f"\nTrained in layers {chosen}; the others keep the KV they started with." if chosen else ""
     table = f"\n## Training\n\n| | |\n|---|---|\n{record}\n" if record else ""
     return f"""---
 library_name: prefixtune
@@ -289,7 +293,8 @@ tags: [prefix-tuning]
 
 # A prefix of {info["length"]} virtual tokens for {info["base_name"]}
 
-A trained KV cache (Li & Liang 2021), parameterisation: {info["parameterisation"]}. The base is unchanged.
+A trained KV cache (Li & Liang 2021), parameterisation: {info["parameterisation"]}.
+The base is unchanged.{where}
 
 ```python
 from prefixtune import PrefixModel

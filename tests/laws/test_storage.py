@@ -21,11 +21,15 @@ from prefixtune.errors import StorageError, UnsupportedModelError
 
 both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
 
+some_or_all_layers = pytest.mark.parametrize("layers", [None, "top:1"], ids=["all-layers", "top-layer"])
 
-def trained(family: str, *, projection: bool = False, seed: int = 0) -> PrefixModel:
+
+def trained(
+    family: str, *, projection: bool = False, layers: str | None = None, seed: int = 0
+) -> PrefixModel:
     """A prefix after one optimizer step, so that it is nothing that a start could give."""
     torch.manual_seed(seed)
-    model = PrefixModel(bare(family), PrefixConfig(length=5, projection=projection))
+    model = PrefixModel(bare(family), PrefixConfig(length=5, projection=projection, layers=layers))
     gradients(model)
     torch.optim.AdamW(model.parameters(), lr=0.05).step()
     model.zero_grad()
@@ -48,10 +52,11 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 @every_family
 @both_parameterisations
+@some_or_all_layers
 def test_saved_prefix_serves_and_trains_as_before_to_the_bit(
-    family: str, projection: bool, tmp_path: Path
+    family: str, projection: bool, layers: str | None, tmp_path: Path
 ) -> None:
-    model = trained(family, projection=projection)
+    model = trained(family, projection=projection, layers=layers)
     model.save_pretrained(tmp_path / "prefix")
     served = PrefixModel.from_pretrained(bare(family), tmp_path / "prefix")
     assert same(tensors(served), tensors(model))
@@ -60,6 +65,7 @@ def test_saved_prefix_serves_and_trains_as_before_to_the_bit(
     again = PrefixModel.from_pretrained(bare(family), tmp_path / "prefix", is_trainable=True).eval()
     assert same(tensors(again), tensors(model))
     assert same(list(again.prefix.parameters()), list(model.prefix.parameters()))
+    assert again.prefix.config == model.prefix.config
     assert again.state_dict().keys() == model.state_dict().keys()
     assert same(gradients(again), gradients(model))
     assert min(gradient.abs().max().item() for gradient in gradients(again)) > 0
@@ -67,11 +73,14 @@ def test_saved_prefix_serves_and_trains_as_before_to_the_bit(
 
 @every_family
 @both_parameterisations
-def test_state_dict_holds_the_prefix_only_and_restores_it(family: str, projection: bool) -> None:
-    model, other = trained(family, projection=projection), trained(family, projection=projection, seed=1)
+@some_or_all_layers
+def test_state_dict_holds_the_prefix_only_and_restores_it(
+    family: str, projection: bool, layers: str | None
+) -> None:
+    model, other = (trained(family, projection=projection, layers=layers, seed=seed) for seed in (0, 1))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert all(name.startswith("prefix.") for name in state)
-    assert len(state) == len(list(model.prefix.parameters()))
+    assert len(state) == len([*model.prefix.parameters(), *model.prefix.buffers()])
     assert not same(tensors(other), tensors(model))
     other.load_state_dict(state)
     assert same(tensors(other), tensors(model))
@@ -79,6 +88,42 @@ def test_state_dict_holds_the_prefix_only_and_restores_it(family: str, projectio
         other.load_state_dict(dict(list(state.items())[1:]))
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**state, "prefix.unknown": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+def test_state_of_other_layers_is_refused(projection: bool) -> None:
+    lower, upper = (trained("llama", projection=projection, layers=layers) for layers in ("0", "1"))
+    with pytest.raises(RuntimeError, match="frozen"):
+        upper.load_state_dict(lower.state_dict())
+
+
+def test_folder_from_before_layers_could_be_chosen_trains_in_all_of_them(folder: Path) -> None:
+    info = json.loads((folder / "prefix.json").read_text())
+    assert info["config"].pop("layers") is None
+    expected = load(folder)
+    (folder / "prefix.json").write_text(json.dumps(info))
+    found = load(folder)
+    assert found.prefix.config == expected.prefix.config
+    assert same(list(found.prefix.parameters()), list(expected.prefix.parameters()))
+
+
+def test_folder_that_names_layers_which_its_base_has_not_is_refused(folder: Path) -> None:
+    info = json.loads((folder / "prefix.json").read_text())
+    info["config"]["layers"] = "top:3"
+    (folder / "prefix.json").write_text(json.dumps(info))
+    for is_trainable in (False, True):
+        with pytest.raises(StorageError, match="the model has 2 layers"):
+            load(folder, is_trainable=is_trainable)
+
+
+def test_projection_of_other_layers_than_the_folder_names_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "prefix"
+    trained("llama", projection=True, layers="0").save_pretrained(folder)
+    info = json.loads((folder / "prefix.json").read_text())
+    info["config"]["layers"] = "1"  # of the same shape
+    (folder / "prefix.json").write_text(json.dumps(info))
+    with pytest.raises(StorageError, match="do not fit"):
+        load(folder)
 
 
 @pytest.fixture

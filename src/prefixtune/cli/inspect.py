@@ -10,7 +10,7 @@ import click
 
 from prefixtune.cli.options import config_options, json_option
 from prefixtune.cli.output import print_json
-from prefixtune.config import PrefixConfig
+from prefixtune.config import PrefixConfig, chosen_layers
 
 __all__ = ["inspect"]
 
@@ -25,7 +25,7 @@ A_RUN = (
 @click.argument("target", required=False)
 @click.option("--model", help="the same as TARGET, for a model")
 @click.option("--prefix", "prefix_folder", help="the same as TARGET, for a prefix folder")
-@config_options("prefix", only=("length", "projection", "hidden_size"))
+@config_options("prefix", only=("length", "projection", "hidden_size", "layers"))
 @json_option
 def inspect(
     target: str | None,
@@ -92,6 +92,7 @@ def _facts(geometry: Any, base_parameters: int, config: PrefixConfig) -> dict[st
         "max_positions": geometry.max_positions,
         "length": config.length,
         "projection": config.projection,
+        "trained_layers": list(chosen_layers(config.layers, len(layers))),
         "base_parameters": base_parameters,
         "trainable_parameters": trainable,
         "all_parameters": total,
@@ -125,6 +126,8 @@ def _print_facts(geometry: Any, facts: dict[str, Any], config: PrefixConfig) -> 
     _print_layers(geometry)
     per_token = facts["kv_cache_bytes_per_token"]
     kind = "with projection" if config.projection else "without projection"
+    if config.layers is not None:
+        kind += f", trained in {len(facts['trained_layers'])} of {facts['layers']} layers"
     click.echo(
         f"base model: {facts['base_parameters']:,} parameters\n"
         f"prefix of {config.length} tokens {kind}: {facts['trainable_parameters']:,} trainable parameters, "
@@ -149,9 +152,11 @@ def _print_info(info: dict[str, Any]) -> None:
     from prefixtune.geometry import Geometry
 
     geometry = Geometry.from_dict(info["geometry"])
+    chosen = info["config"].get("layers")  # None, or not there in older folders: all
+    where = "" if chosen is None else f", trained in layers {chosen}"
     _print_layers(geometry)
     click.echo(
-        f"prefix of {info['length']} tokens for {info['base_name']}, {info['parameterisation']}, "
+        f"prefix of {info['length']} tokens for {info['base_name']}, {info['parameterisation']}{where}, "
         f"template {info['template']}\n"
         f"KV: {info['kv_numbers']:,} numbers\nprefix file: {info['prefix_file_bytes']:,} bytes"
     )
