@@ -67,7 +67,9 @@ def command() -> str:
 
 
 def _shown(word: str) -> str:
-    return Path(word).name if Path(word).is_absolute() else word
+    option, _, value = word.rpartition("=")
+    name = Path(value).name if Path(value).is_absolute() else value
+    return f"{option}={name}" if option else name
 
 
 def memory_of_process() -> dict[str, int]:
