@@ -90,6 +90,12 @@ def _quantized(model: Any, kind: str, device: str) -> Any:
         ).eval()
 
 
+def parameters(model: Any) -> int:
+    """Numbers in the model; a 4-bit tensor of bitsandbytes holds two in an element."""
+    packed = {"Params4bit": 2}
+    return sum(tensor.numel() * packed.get(type(tensor).__name__, 1) for tensor in model.parameters())
+
+
 def matmul_layers(model: Any) -> dict[str, Any]:
     """The layers that multiply by a weight matrix, the head among them, by name."""
     from torch import nn

@@ -119,7 +119,7 @@ def main() -> None:
     begin = time.perf_counter()
     import transformers
 
-    from bases import matmul_parameters, read_base
+    from bases import matmul_parameters, parameters, read_base
     from contestants import Contestant, Job, make_trainer
     from prefixtune.data import Example
 
@@ -141,10 +141,9 @@ def main() -> None:
         device=device,
         saves=task["saves"],
     )
-    parameters = sum(parameter.numel() for parameter in base.model.parameters())
     describe = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
-        "base_parameters": parameters,
+        "base_parameters": parameters(base.model),
         "matmul_parameters": matmul_parameters(base.model),
     }
     trainer = make_trainer(contestant, base, job)

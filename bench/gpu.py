@@ -118,7 +118,7 @@ def main(device: str, config: str, steps: int, only: str | None, output: Path, p
             peak = gigabytes(entry["peak_bytes"])
             done = f"{number} of {len(chosen)}: {contestant.name}"
             click.echo(f"{done}: peak {peak} GB, {entry['step_seconds']:.3f} s a step", err=True)
-    output.parent.mkdir(exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     page = page or (PAGE if output == RESULTS else None)
     if page is not None:

@@ -94,13 +94,14 @@ class Race:
         if not self.anchors and len(runners) == 1:
             epochs = len(self.contestants) * (self.warm_up + self.rounds)
             total = epochs * self.estimate(runner)
-            click.echo(f"{epochs} epochs of {len(self.contestants)} contestants: {_minutes(total)}", err=True)
+            entrants = len(self.contestants)
+            click.echo(f"{epochs} epochs of {entrants} contestants: {_minutes(total)} at a guess", err=True)
         for _ in range(self.warm_up):
             self._epoch(runner, runners, timed=False)
             if runner not in runners:
                 return None
-        taken = runner.untimed[-1]["seconds"]
-        click.echo(f"  {runner.name} is warm: {taken:.1f} s, {runner.peak / 1e9:.2f} GB", err=True)
+        taken = f"loaded in {runner.ready_seconds:.1f} s, warm-up {runner.untimed[-1]['seconds']:.1f} s"
+        click.echo(f"  {runner.name}: {taken}, {runner.peak / 1e9:.2f} GB", err=True)
         return runner
 
     def _round(self, number: int, runners: list[Runner]) -> None:

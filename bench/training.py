@@ -98,7 +98,7 @@ def main(
                 models["bloom4"] = FOUR_LAYERS
             about |= {"rounds": rounds, "warm_up": warm_up}
             found = _races(models, about, examples, _chosen(only), Path(folder))
-    output.parent.mkdir(exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if page is not None:
         put_between(page, MARKER, speed_table(found))
