@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench bench-gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two, the most of it for torch"
@@ -26,6 +26,10 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attach.py
+	$(BIN)/python bench/training.py
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

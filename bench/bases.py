@@ -1,0 +1,109 @@
+"""Base models of the benchmarks: by name, or of a BLOOM with random weights. Knows no training."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.load import LoadedBase
+
+# The tutorial's model (bloom-1b4-zh), and the same cut down to four layers, which two cores train in seconds.
+TUTORIAL_BLOOM = {"vocab_size": 46_145, "hidden_size": 2048, "n_layer": 24, "n_head": 16}
+FOUR_LAYERS = {**TUTORIAL_BLOOM, "n_layer": 4}
+SMALL_BLOOM = {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+WEIGHTS_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model on its device, and what a trainer needs of its tokenizer."""
+
+    model: Any
+    tokenizer: Any | None
+    pad_token_id: int
+    name: str
+
+    def loaded(self) -> LoadedBase:
+        return LoadedBase(model=self.model, tokenizer=self.tokenizer, name=self.name, dtype_reason="")
+
+
+def read_base(source: str | dict[str, int], *, dtype: str, device: str, quantize: str | None = None) -> Base:
+    """A model by name, or BLOOM of the given sizes.
+
+    Args:
+        dtype: float32, bfloat16, or auto for what `load_base` chooses on this machine.
+        quantize: int8 or nf4; only of BLOOM with random weights.
+    """
+    if isinstance(source, str):
+        from prefixtune.generate import ending
+        from prefixtune.load import load_base
+
+        assert quantize is None
+        base = load_base(source, dtype=dtype, device=device)
+        pad = ending(base.model, base.tokenizer)["pad_token_id"]
+        return Base(model=base.model, tokenizer=base.tokenizer, pad_token_id=pad, name=base.name)
+    model = _random_bloom(source, _precision(dtype, device), device, quantize)
+    return Base(model=model, tokenizer=None, pad_token_id=3, name="random BLOOM")  # 3: BLOOM's own
+
+
+def _precision(dtype: str, device: str) -> Any:
+    import torch
+
+    from prefixtune.load import _choose_dtype
+
+    return _choose_dtype(dtype, torch.device(device))[0]
+
+
+def _random_bloom(sizes: dict[str, int], dtype: Any, device: str, quantize: str | None) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    config = BloomConfig(**sizes)
+    torch.manual_seed(WEIGHTS_SEED)
+    with torch.device(device):  # 1.3 billion random numbers take a processor half a minute
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model if quantize is None else _quantized(model, quantize, device)
+
+
+def _quantized(model: Any, kind: str, device: str) -> Any:
+    """Saved and read again: transformers quantises while it loads."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = model.dtype
+    settings: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if kind == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.to("meta")  # two copies would be the peak
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=BitsAndBytesConfig(**settings),
+            device_map={"": 0 if device == "cuda" else device},
+        ).eval()
+
+
+def parameters(model: Any) -> int:
+    """Numbers in the model; a 4-bit tensor of bitsandbytes holds two in an element."""
+    packed = {"Params4bit": 2}
+    return sum(tensor.numel() * packed.get(type(tensor).__name__, 1) for tensor in model.parameters())
+
+
+def matmul_layers(model: Any) -> dict[str, Any]:
+    """The layers that multiply by a weight matrix, the head among them, by name."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+
+
+def matmul_parameters(model: Any) -> int:
+    """Weights that every token is multiplied by: an embedding is looked up, unless it is the head too."""
+    return sum(layer.weight.numel() for layer in matmul_layers(model).values())

@@ -1,0 +1,199 @@
+"""The contestants of both benchmarks by name, and the Trainer of each. Knows no clock and no process.
+
+All train on the same `Example`s, with Adam on what they train, 8 rows per optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bases import Base, matmul_layers
+from prefixtune.config import TrainConfig
+from prefixtune.data import Collator, Example
+
+PREFIX_LENGTH = 10  # the tutorial's
+ROWS_PER_STEP = 8  # the tutorial's accumulation, and our default batch
+# Speed does not depend on them, loss curves do. The recipe keeps Trainer's default, as the tutorial does; a
+# prefix of PEFT gets the rate of the best prefix in PEFT's own public comparison of methods.
+LEARNING_RATES = {"recipe": 5e-5, "peft-prefix": 5e-3, "lora": 2e-3, "full": 2e-5, "p-tuning": 5e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to train.
+
+    Attributes:
+        method: prefixtune, peft-prefix, p-tuning, lora or full.
+        dtype: of the base: float32, bfloat16, or auto, which is what our own default finds.
+        batch: rows per forward pass; 8 rows make an optimizer step. None: the best batch of PEFT's prefix.
+        options: of our own TrainConfig, beside its defaults.
+        quantize: int8 or nf4 weights of the base, by bitsandbytes.
+    """
+
+    name: str
+    method: str
+    dtype: str = "bfloat16"
+    batch: int | None = None
+    projection: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        recipe = self.method == "peft-prefix" and self.dtype == "float32"
+        return LEARNING_RATES["recipe" if recipe else self.method]
+
+
+def _ours(name: str, *, projection: bool = False, **options: Any) -> Contestant:
+    return Contestant(name=name, method="prefixtune", dtype="auto", projection=projection, options=options)
+
+
+# In the order of their start: the batch of the later ones is that of the fastest PEFT prefix.
+TRAINING = (
+    Contestant(name="tutorial-recipe", method="peft-prefix", dtype="float32", batch=1),
+    *(Contestant(name=f"peft-bf16-b{batch}", method="peft-prefix", batch=batch) for batch in (1, 4, 8)),
+    _ours("prefixtune"),
+    _ours("prefixtune-checkpointing", gradient_checkpointing=True),
+    _ours("prefixtune-no-compile", compile=False),
+    _ours("prefixtune-unpacked", packing=False),
+    Contestant(name="peft-lora", method="lora"),
+    Contestant(name="full", method="full"),
+    _ours("prefixtune-projection", projection=True),
+    Contestant(name="peft-projection", method="peft-prefix", projection=True),
+)
+BASELINES = ("tutorial-recipe", "peft-bf16-b1", "peft-bf16-b4", "peft-bf16-b8")  # of which peft-best is one
+
+
+def missing_options(contestant: Contestant) -> list[str]:
+    """Options that this version of prefixtune does not have, so that the contestant cannot run."""
+    known = {knob.name for knob in fields(TrainConfig)}
+    return sorted(set(contestant.options) - known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is the same for all contestants of a race; `saves` keeps each trainer's default checkpoints."""
+
+    rows: Sequence[Example]
+    epochs: int
+    seed: int
+    output: Path
+    device: str
+    saves: bool = False
+
+
+def make_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
+    """The Trainer of a contestant; its model trains what the method trains and nothing else."""
+    if contestant.method == "prefixtune":
+        return _our_trainer(contestant, base, job)
+    return _peer_trainer(contestant, base, job)
+
+
+def _our_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
+    """What `prefixtune.train.train` builds from the same options, without its folder. The only place that
+    knows how our trainer is put together."""
+    from transformers import set_seed
+
+    from prefixtune.model import PrefixModel
+    from prefixtune.train.session import _prefix_config, _resolve
+    from prefixtune.train.trainer import PrefixTrainer, training_arguments
+
+    options: dict[str, Any] = {"num_train_epochs": float(job.epochs), "logging_steps": 1, "seed": job.seed}
+    if not job.saves:
+        options["save_steps"] = 10**9
+    config = TrainConfig(**options, **contestant.options, report_to="none")
+    examples, loaded = list(job.rows), base.loaded()
+    set_seed(config.seed)
+    asked = {"length": PREFIX_LENGTH, "projection": contestant.projection}
+    prefix = _prefix_config(None, asked, loaded, examples)
+    resolved = _resolve(config, prefix, loaded, examples)
+    arguments = training_arguments(config, job.output, resolved, evaluates=False)
+    return PrefixTrainer(
+        model=PrefixModel(base.model, prefix, tokenizer=base.tokenizer),
+        args=_on_device(arguments, job.device),
+        train_dataset=examples,
+        data_collator=Collator(base.pad_token_id),
+        pad_token_id=base.pad_token_id,
+        lengths=[len(example.input_ids) for example in examples],
+    )
+
+
+def _on_device(arguments: Any, device: str) -> Any:
+    assert arguments.device.type == device, f"{arguments.device} was chosen, {device} was asked for"
+    return arguments
+
+
+def _peer_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    assert contestant.batch is not None
+    set_seed(job.seed)
+    batch = min(contestant.batch, ROWS_PER_STEP)
+    # a batch of one has nothing to group; the recipe's order is Trainer's own
+    grouped = {"train_sampling_strategy": "group_by_length"} if batch > 1 else {}
+    arguments = TrainingArguments(
+        output_dir=str(job.output),
+        num_train_epochs=job.epochs,
+        learning_rate=contestant.learning_rate,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=ROWS_PER_STEP // batch,
+        logging_steps=1,
+        save_strategy="steps" if job.saves else "no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=job.device == "cpu",
+        dataloader_pin_memory=job.device != "cpu",
+        seed=job.seed,
+        **grouped,
+    )
+    rows = [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in job.rows]
+    return Trainer(
+        model=_peer_model(contestant, base),
+        args=_on_device(arguments, job.device),
+        train_dataset=rows,
+        data_collator=Collator(base.pad_token_id),
+    )
+
+
+def _peer_model(contestant: Contestant, base: Base) -> Any:
+    if contestant.method == "full":
+        base.model.requires_grad_(True)
+        return base.model
+    from peft import PrefixTuningConfig, PromptEncoderConfig, TaskType, get_peft_model
+
+    same = {"task_type": TaskType.CAUSAL_LM}
+    if contestant.method == "peft-prefix":
+        config = PrefixTuningConfig(
+            **same, num_virtual_tokens=PREFIX_LENGTH, prefix_projection=contestant.projection
+        )
+    elif contestant.method == "p-tuning":
+        config = PromptEncoderConfig(**same, num_virtual_tokens=PREFIX_LENGTH)
+    else:
+        config = _lora(base, same)
+    return get_peft_model(base.model, config)
+
+
+def _lora(base: Base, same: dict[str, Any]) -> Any:
+    """LoRA with as many trainable numbers as the prefix: on queries and values, or on all linear layers,
+    with the rank that comes nearest; of two that come as near, the first."""
+    from peft import LoraConfig
+
+    from prefixtune.geometry import Geometry
+
+    aim = PREFIX_LENGTH * Geometry.probe(base.model).numbers_per_token
+    linear = {
+        name: layer for name, layer in matmul_layers(base.model).items() if "lm_head" not in name
+    }  # PEFT's all-linear leaves the head out too
+    narrow = [name for name in linear if name.endswith(("q_proj", "v_proj", "query_key_value"))]
+    choices = []
+    for names in filter(None, (narrow, list(linear))):
+        per_rank = sum(sum(linear[name].weight.shape) for name in names)
+        rank = max(1, round(aim / per_rank))
+        choices.append((abs(rank * per_rank - aim), rank, names))
+    _, rank, names = min(choices, key=lambda choice: choice[0])
+    return LoraConfig(**same, r=rank, lora_alpha=2 * rank, target_modules=names)
