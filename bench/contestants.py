@@ -98,8 +98,7 @@ def _our_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
     from transformers import set_seed
 
     from prefixtune.model import PrefixModel
-    from prefixtune.train.session import _prefix_config, _resolve
-    from prefixtune.train.trainer import PrefixTrainer, training_arguments
+    from prefixtune.train.session import _prefix_config, _resolve, make_trainer
 
     options: dict[str, Any] = {"num_train_epochs": float(job.epochs), "logging_steps": 1, "seed": job.seed}
     if not job.saves:
@@ -110,15 +109,12 @@ def _our_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
     asked = {"length": PREFIX_LENGTH, "projection": contestant.projection}
     prefix = _prefix_config(None, asked, loaded, examples)
     resolved = _resolve(config, prefix, loaded, examples)
-    arguments = training_arguments(config, job.output, resolved, evaluates=False)
-    return PrefixTrainer(
-        model=PrefixModel(base.model, prefix, tokenizer=base.tokenizer),
-        args=_on_device(arguments, job.device),
-        train_dataset=examples,
-        data_collator=Collator(base.pad_token_id),
-        pad_token_id=base.pad_token_id,
-        lengths=[len(example.input_ids) for example in examples],
+    model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
+    trainer = make_trainer(
+        model, config, resolved, job.output, rows=(examples, None), pad_token_id=base.pad_token_id
     )
+    _on_device(trainer.args, job.device)
+    return trainer
 
 
 def _on_device(arguments: Any, device: str) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import set_seed
 
 from prefixtune.attachment import packs
@@ -119,27 +120,16 @@ def train(
         resolved = _resolve(config, prefix_config, base, examples)
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
-    pad = ending(base.model, base.tokenizer)["pad_token_id"]
-    passes = _passes(base, config, resolved["packing_length"], pad)
-    trainer = _trainer(
-        output,
-        model=prefix_model,
-        args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
-        train_dataset=examples,
-        eval_dataset=eval_examples,
-        data_collator=Collator(pad),
-        callbacks=[KeepBest(output)],
-        pad_token_id=pad,
-        passes=passes,
-        lengths=[len(example.input_ids) for example in examples],
-    )
+    rows, pad = (examples, eval_examples), ending(base.model, base.tokenizer)["pad_token_id"]
+    trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, pad_token_id=pad)
     record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
     base_loss = None
     if eval_examples:
+        passes = trainer.passes
         base_loss, _ = target_loss(
             base.model,
             eval_examples,
-            pad_token_id=pad,
+            pad_token_id=passes.pad_token_id,
             capacity=passes.capacity,
             packing=passes.packing,
             progress="bare model",
@@ -193,12 +183,12 @@ def _packing_length(config: TrainConfig, examples: list[Example]) -> int:
     return config.packing_length or max(PASS_TOKENS, needed)
 
 
-def _passes(base: LoadedBase, config: TrainConfig, capacity: int, pad_token_id: int) -> Passes:
-    found = Passes.of(base.model, capacity=capacity, pad_token_id=pad_token_id, packing=config.packing)
+def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: int) -> Passes:
+    found = Passes.of(base, capacity=capacity, pad_token_id=pad_token_id, packing=config.packing)
     if found.packing:
         note(f"rows are packed, up to {capacity} tokens in a pass")
     elif config.packing:
-        note(f"rows of similar length share a pass: {packs(base.model)}")
+        note(f"rows of similar length share a pass: {packs(base)}")
     return found
 
 
@@ -215,6 +205,31 @@ def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
     if not config.projection:
         return DIRECT_LEARNING_RATE
     return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
+
+
+def make_trainer(
+    model: PrefixModel,
+    config: TrainConfig,
+    resolved: Mapping[str, Any],
+    output: Path,
+    *,
+    rows: tuple[list[Example], list[Example] | None],
+    pad_token_id: int,
+) -> PrefixTrainer:
+    """The trainer of a run on (training, evaluation) rows; `resolved` is what the defaults came to."""
+    examples, eval_examples = rows
+    return _trainer(
+        output,
+        model=model,
+        args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        data_collator=Collator(pad_token_id),
+        callbacks=[KeepBest(output)],
+        pad_token_id=pad_token_id,
+        passes=_passes(model.base_model, config, resolved["packing_length"], pad_token_id),
+        lengths=[len(example.input_ids) for example in examples],
+    )
 
 
 def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:
