@@ -24,7 +24,7 @@ __all__ = ["PASS_TOKENS", "Passes", "RowTokens", "chunked_cross_entropy", "group
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
-CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 32 MiB in float32
+CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
 SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 IGNORED = -100

@@ -1,12 +1,13 @@
 """Attention of the documents of a pack to a shared prefix and to themselves.
 
-On a CPU it is done in blocks of queries: up to 128 queries of one document against the keys they may see. So
-nothing is computed for what another document's mask would hide, and half of a long document's future is left
-out. On a GPU one fused kernel with a mask is faster than many small ones. Scores and softmax are float32
-whatever the model's precision: in bfloat16 the gradient would be visibly off.
+On a CPU it is done in tiles: up to 128 queries, and of the keys only those from the start of the tile's first
+document on. So little is computed that a mask would hide, and the number of operations grows with the tokens
+of a pack, not with its documents. On a GPU one fused kernel with a mask is faster than many small ones.
+Scores and softmax are float32 whatever the model's precision: in bfloat16 the gradient would be visibly off.
 
-Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim, N = all documents' keys, each
-with its copy of the prefix: [P; t1; P; t2; ...]. Queries that share a kv head lie together: [K, T*G, D].
+Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim, N = the keys of all tiles, each
+with its copy of the prefix: [P; keys of tile 1; P; keys of tile 2; ...]. Queries that share a kv head lie
+together: [K, T*G, D].
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from torch.nn import functional as F
 
 __all__ = ["Layout", "attend_documents"]
 
-BLOCK = 128  # queries: below it matmuls get slow, above it too much of the future is computed
+TILE = 128  # queries: below it matmuls get slow, above it too much of the future is computed
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries `first` to `last` of the pack against keys `start` to `end` of N; `before` lie before them."""
+class Tile:
+    """Queries `first` to `last` of the pack, which see the pack's keys from `lowest` on: `start` to `end` of N."""
 
     first: int
     last: int
+    lowest: int
     start: int
     end: int
-    before: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents of a pack, their keys and their blocks are.
+    """Where the documents of a pack, and the tiles of its attention, are.
 
     Attributes:
         lengths: tokens of each document.
@@ -52,71 +53,69 @@ class Layout:
     device: torch.device
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        found = []
-        token = key = 0
-        for t in self.lengths:
-            size = -(-t // -(-t // BLOCK))  # blocks of nearly equal size
-            for a in range(0, t, size):
-                b = min(t, a + size)
-                unseen = 0 if self.window is None else max(0, self.prefix + a - self.window + 1)
-                before = self.prefix + a - unseen
-                found.append(Block(token + a, token + b, key + unseen, key + self.prefix + b, before))
-            token, key = token + t, key + self.prefix + t
+    def document(self) -> Tensor:
+        """[T] the number of each token's document; on the host."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] positions: each document's begin at P; on the host."""
+        return self.prefix + torch.cat([torch.arange(t) for t in self.lengths])
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        begins = [
+            begin for begin, t in zip(_ends((0, *self.lengths)), self.lengths, strict=False) for _ in range(t)
+        ]
+        tokens = len(begins)
+        size = -(-tokens // -(-tokens // TILE))  # tiles of nearly equal size
+        found, key = [], 0
+        for first in range(0, tokens, size):
+            last = min(tokens, first + size)
+            lowest = begins[first] if self.window is None else max(begins[first], first - self.window + 1)
+            end = key + self.prefix + last - lowest
+            found.append(Tile(first, last, lowest, key, end))
+            key = end
         return tuple(found)
 
     @cached_property
     def gather(self) -> Tensor:
         """[N] where each key is in [prefix; pack]."""
-        parts, token = [], self.prefix
-        for t in self.lengths:
-            parts += [torch.arange(self.prefix), torch.arange(token, token + t)]
-            token += t
-        return torch.cat(parts).to(self.device)
-
-    @cached_property
-    def own(self) -> Tensor:
-        """[T] where each token's own key is in N."""
-        document = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        return (torch.arange(sum(self.lengths)) + (document + 1) * self.prefix).to(self.device)
-
-    @cached_property
-    def shared(self) -> Tensor:
-        """[documents, P] where the copies of the prefix are in N."""
-        lengths = torch.tensor([0, *self.lengths[:-1]])
-        first = lengths.cumsum(0) + torch.arange(len(lengths)) * self.prefix
-        return (first[:, None] + torch.arange(self.prefix)).to(self.device)
+        front = torch.arange(self.prefix)
+        parts = [(front, torch.arange(self.prefix + t.lowest, self.prefix + t.last)) for t in self.tiles]
+        return torch.cat([part for pair in parts for part in pair]).to(self.device)
 
     def masks(self, groups: int) -> list[Tensor]:
-        """For each block [t*G, keys] in float32: 0 where a query sees a key, -inf elsewhere."""
+        """For each tile [queries*G, keys] in float32: 0 where a query sees a key, -inf elsewhere."""
         if groups not in self._masks:
-            self._masks[groups] = [self._mask(block).repeat_interleave(groups, 0) for block in self.blocks]
+            self._masks[groups] = [
+                torch.zeros(seen.shape)
+                .masked_fill_(~seen, float("-inf"))
+                .repeat_interleave(groups, 0)
+                .to(self.device)
+                for seen in (self._seen(tile.first, tile.last, tile.lowest) for tile in self.tiles)
+            ]
         return self._masks[groups]
 
     @cached_property
     def _masks(self) -> dict[int, list[Tensor]]:
         return {}
 
-    def _mask(self, block: Block) -> Tensor:
-        query = block.before + torch.arange(block.last - block.first, device=self.device)[:, None]
-        key = torch.arange(block.end - block.start, device=self.device)[None]
-        unseen = key > query
-        if self.window is not None:
-            unseen = unseen | (key <= query - self.window)
-        return torch.zeros(unseen.shape, device=self.device).masked_fill_(unseen, float("-inf"))
-
-    @cached_property
     def whole(self) -> Tensor:
         """[T, P+T] bool: what each token sees of [prefix; pack]."""
-        lengths = torch.tensor(self.lengths)
-        document = torch.arange(len(lengths)).repeat_interleave(lengths)
-        place = self.prefix + torch.cat([torch.arange(t) for t in self.lengths])  # in its own document
-        distance = place[:, None] - torch.cat([torch.arange(self.prefix), place])
-        mine = torch.cat(
-            [torch.ones(len(place), self.prefix, dtype=torch.bool), document[:, None] == document], dim=1
-        )
-        near = distance < self.window if self.window is not None else torch.ones_like(mine)
-        return (mine & near & (distance >= 0)).to(self.device)
+        return self._seen(0, sum(self.lengths), 0).to(self.device)
+
+    def _seen(self, first: int, last: int, lowest: int) -> Tensor:
+        """[queries, P + keys] bool for queries `first` to `last` and the pack's keys from `lowest` on."""
+        place = self.positions[first:last, None]
+        distance = place - torch.cat([torch.arange(self.prefix), self.positions[lowest:last]])
+        same = self.document[first:last, None] == self.document[lowest:last]
+        mine = torch.cat([same.new_ones(last - first, self.prefix), same], dim=1)
+        return mine & (distance >= 0) & (distance < (self.window or last + self.prefix))
+
+
+def _ends(lengths: tuple[int, ...]) -> list[int]:
+    return torch.tensor(lengths).cumsum(0).tolist()
 
 
 def attend_documents(
@@ -152,16 +151,16 @@ def attend_documents(
     groups, by_group = len(query) // len(key), _by_group(query, len(key))
     key, value = _with_prefix(key, prefix[0], layout), _with_prefix(value, prefix[1], layout)  # [K, N, D]
     parts = []
-    for block, mask in zip(layout.blocks, layout.masks(groups), strict=True):
-        rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
+    for tile, mask in zip(layout.tiles, layout.masks(groups), strict=True):
+        rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
         scores = _wide(by_group[:, rows]) @ _wide(key[:, seen]).transpose(1, 2) * scale  # [K, t*G, keys]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores + mask.to(scores.dtype)
         if sinks is not None:
-            sink = sinks.to(scores).view(len(key), 1, groups).expand(-1, block.last - block.first, -1)
+            sink = sinks.to(scores).view(len(key), 1, groups).expand(-1, tile.last - tile.first, -1)
             scores = torch.cat([scores, sink.reshape(len(key), -1, 1)], dim=2)
-        weights = torch.softmax(scores, dim=2)[..., : block.end - block.start].to(query.dtype)
+        weights = torch.softmax(scores, dim=2)[..., : tile.end - tile.start].to(query.dtype)
         parts.append(F.dropout(weights, dropout) @ value[:, seen])
     return _by_token(torch.cat(parts, dim=1), groups)
 
@@ -180,7 +179,7 @@ def _attend_at_once(
     keys = torch.cat([prefix[0].to(key), key], dim=1)[None]
     values = torch.cat([prefix[1].to(value), value], dim=1)[None]
     return F.scaled_dot_product_attention(
-        query[None], keys, values, layout.whole, dropout, scale=scale, enable_gqa=len(query) != len(key)
+        query[None], keys, values, layout.whole(), dropout, scale=scale, enable_gqa=len(query) != len(key)
     )[0].transpose(0, 1)
 
 
@@ -206,7 +205,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Documents(torch.autograd.Function):
-    """The plain case by hand: keeps the weights of each block in the model's precision, and no scores."""
+    """The plain case by hand: keeps the weights of each tile in the model's precision, and no scores."""
 
     @staticmethod
     def forward(
@@ -225,42 +224,40 @@ class _Documents(torch.autograd.Function):
         query = _by_group(query, len(key))  # [K, T*G, D]
         key, value = _with_prefix(key, prefix_key, layout), _with_prefix(value, prefix_value, layout)
         wide_query, wide_key = _wide(query), _wide(key).transpose(1, 2)
-        out = query.new_empty(*query.shape[:2], value.shape[2])
-        kept = []
-        for block, mask in zip(layout.blocks, layout.masks(groups), strict=True):
-            rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
+        parts, kept = [], []
+        for tile, mask in zip(layout.tiles, layout.masks(groups), strict=True):
+            rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
             mask = mask.to(wide_query.dtype)
             scores = torch.baddbmm(mask, wide_query[:, rows], wide_key[:, :, seen], alpha=scale)
             weights = torch.softmax(scores, dim=2).to(query.dtype)  # [K, t*G, keys]
-            out[:, rows] = weights @ value[:, seen]
+            parts.append(weights @ value[:, seen])
             kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
-        return _by_token(out, groups)
+        return _by_token(torch.cat(parts, dim=1), groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, *kept = ctx.saved_tensors
-        layout, groups, low = ctx.layout, ctx.groups, query.dtype
+        layout, groups = ctx.layout, ctx.groups
         gradient = _by_group(gradient.transpose(0, 1), len(key))  # [K, T*G, Dv]
-        wide_gradient, wide_value = _wide(gradient), _wide(value).transpose(1, 2)
-        of_query = torch.empty_like(query)
-        of_key = torch.zeros(key.shape, dtype=wide_value.dtype, device=key.device)
-        of_value = torch.zeros(value.shape, dtype=wide_value.dtype, device=key.device)
-        for block, weights in zip(layout.blocks, kept, strict=True):
-            rows, seen = slice(block.first * groups, block.last * groups), slice(block.start, block.end)
-            of_value[:, seen] += weights.transpose(1, 2) @ gradient[:, rows]
-            of_weights = wide_gradient[:, rows] @ wide_value[:, :, seen]
-            of_scores = torch._softmax_backward_data(of_weights, _wide(weights), 2, of_weights.dtype)
-            of_scores = of_scores.mul_(ctx.scale).to(low)
-            of_query[:, rows] = of_scores @ key[:, seen]
-            of_key[:, seen] += of_scores.transpose(1, 2) @ query[:, rows]
-        text_key, prefix_key = _apart(of_key, layout)
-        text_value, prefix_value = _apart(of_value, layout)
+        values = value.transpose(1, 2)
+        of_query, of_key, of_value = [], [], []
+        for tile, weights in zip(layout.tiles, kept, strict=True):
+            rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
+            of_value.append(weights.transpose(1, 2) @ gradient[:, rows])
+            of_weights = gradient[:, rows] @ values[:, :, seen]
+            of_scores = torch._softmax_backward_data(of_weights, weights, 2, weights.dtype)  # float32 within
+            if ctx.needs_input_grad[0]:
+                of_query.append(of_scores @ key[:, seen])
+            of_key.append(of_scores.transpose(1, 2) @ query[:, rows])
+        by_query = _by_token(torch.cat(of_query, dim=1), groups).mul_(ctx.scale) if of_query else None
+        prefix_key, text_key = _apart(torch.cat(of_key, dim=1), layout)
+        prefix_value, text_value = _apart(torch.cat(of_value, dim=1), layout)
         return (
-            _by_token(of_query, groups).transpose(0, 1),
-            text_key.to(low),
-            text_value.to(low),
-            prefix_key.to(ctx.prefix_dtypes[0]),
+            None if by_query is None else by_query.transpose(0, 1),
+            text_key.mul_(ctx.scale).to(key.dtype),
+            text_value.to(value.dtype),
+            (prefix_key * ctx.scale).to(ctx.prefix_dtypes[0]),
             prefix_value.to(ctx.prefix_dtypes[1]),
             None,
             None,
@@ -268,7 +265,8 @@ class _Documents(torch.autograd.Function):
 
 
 def _apart(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Of [K, N, D] what belongs to the text [K, T, D], and the sum of the prefix's copies [K, P, D]."""
-    copies = gradient.index_select(1, layout.shared.flatten())
-    shape = (len(gradient), *layout.shared.shape, gradient.shape[2])  # [K, documents, P, D]
-    return gradient.index_select(1, layout.own), copies.view(shape).sum(dim=1)
+    """Sums of [K, N, D] over the tiles, in float32: of the prefix [K, P, D] and of the text [K, T, D]."""
+    size = layout.prefix + sum(layout.lengths)
+    wide = _wide(gradient)
+    total = wide.new_zeros(len(wide), size, wide.shape[2]).index_add_(1, layout.gather, wide)
+    return total[:, : layout.prefix], total[:, layout.prefix :]
