@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ TILE = 128  # queries: below it matmuls get slow, above it too much of the futur
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries `first` to `last` of the pack, which see the pack's keys from `lowest` on: `start` to `end` of N."""
+    """Queries `first` to `last` of the pack, and the keys from `lowest` on: `start` to `end` of N."""
 
     first: int
     last: int
@@ -64,15 +65,14 @@ class Layout:
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        begins = [
-            begin for begin, t in zip(_ends((0, *self.lengths)), self.lengths, strict=False) for _ in range(t)
-        ]
-        tokens = len(begins)
+        tokens, begins = sum(self.lengths), list(accumulate(self.lengths, initial=0))
         size = -(-tokens // -(-tokens // TILE))  # tiles of nearly equal size
         found, key = [], 0
         for first in range(0, tokens, size):
             last = min(tokens, first + size)
-            lowest = begins[first] if self.window is None else max(begins[first], first - self.window + 1)
+            lowest = begins[int(self.document[first])]
+            if self.window is not None:
+                lowest = max(lowest, first - self.window + 1)
             end = key + self.prefix + last - lowest
             found.append(Tile(first, last, lowest, key, end))
             key = end
@@ -112,10 +112,6 @@ class Layout:
         same = self.document[first:last, None] == self.document[lowest:last]
         mine = torch.cat([same.new_ones(last - first, self.prefix), same], dim=1)
         return mine & (distance >= 0) & (distance < (self.window or last + self.prefix))
-
-
-def _ends(lengths: tuple[int, ...]) -> list[int]:
-    return torch.tensor(lengths).cumsum(0).tolist()
 
 
 def attend_documents(
