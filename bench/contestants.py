@@ -57,7 +57,7 @@ TRAINING = (
     *(Contestant(name=f"peft-bf16-b{batch}", method="peft-prefix", batch=batch) for batch in (1, 4, 8)),
     _ours("prefixtune"),
     _ours("prefixtune-checkpointing", gradient_checkpointing=True),
-    _ours("prefixtune-no-compile", compile=False),
+    _ours("prefixtune-compile", compile=True),
     _ours("prefixtune-unpacked", packing=False),
     Contestant(name="peft-lora", method="lora"),
     Contestant(name="full", method="full"),

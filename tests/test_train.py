@@ -700,3 +700,52 @@ def test_summary_says_the_same_numbers(place: Path, tmp_path: Path) -> None:
     record = training_record(tmp_path / "run")
     assert f"{record['base_loss']:.4f} (bare model) -> {record['eval_loss']:.4f}" in text
     assert f"{record['trainable_parameters']:,} trainable parameters" in text
+
+
+# --- passes ------------------------------------------------------------------------------------------------
+
+
+def test_packing_length_below_a_row_names_the_row_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
+    told = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--packing-length", 6))
+    assert re.search(r"rows\.jsonl:\d+: \d+ tokens do not fit a pass of packing_length 6", told)
+    assert "--packing-length" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_packed_grouped_and_checkpointed_runs_learn_the_same(place: Path, tmp_path: Path) -> None:
+    """Rows, order and steps are the same; only how they run through the model differs."""
+    ways = {"packed": [], "short": ["--packing-length", 60], "checkpointed": ["--gradient-checkpointing"]}
+    found = {}
+    for name, more in ways.items():
+        told = succeed(*options(place, tmp_path / name, "--length", 4, "--max-steps", 6, *more)).stderr
+        assert "rows are packed" in told
+        found[name] = load_file(tmp_path / name / "prefix.safetensors")
+    for name, tensors in found.items():
+        for key, tensor in tensors.items():
+            assert (tensor - found["packed"][key]).norm() <= 0.01 * tensor.norm(), (name, key)  # Adam: signs
+
+
+def test_rows_that_cannot_be_packed_are_told(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "place")
+    tiny_model("bloom", vocab_size=340).save_pretrained(tmp_path / "place" / "model")
+    told = succeed(*options(tmp_path / "place", tmp_path / "run", *SHORT_RUN)).stderr
+    assert re.search(r"rows of similar length share a pass: bloom has\s+alibi", told)
+    assert "packed" in fail(*options(tmp_path / "place", tmp_path / "other", *SHORT_RUN, "--compile"), code=2)
+
+
+def test_compiled_layers_learn_what_plain_ones_do(place: Path, tmp_path: Path) -> None:
+    run = ["--length", 4, "--max-steps", 3]
+    found = []
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        succeed(*options(place, tmp_path / name, *run, *more, evaluates=False))
+        found.append(load_file(tmp_path / name / "prefix.safetensors"))
+    for key, tensor in found[0].items():
+        assert (tensor - found[1][key]).norm() <= 0.01 * tensor.norm(), key
+
+
+def test_compiling_without_a_compiler_is_told_before_the_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    told = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--compile"), code=2)
+    assert "C++ compiler" in told

@@ -247,6 +247,11 @@ class TrainConfig(_Config):
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time"
     )
+    compile: bool = option(
+        False,
+        "compile the decoder's layers with torch.compile: half a minute at the start; no faster on the CPUs "
+        "that it was measured on (docs/speed.md)",
+    )
     report_to: str | None = option(
         None,
         "where to log: tensorboard, wandb, … or none, several with commas; TensorBoard where it is installed",

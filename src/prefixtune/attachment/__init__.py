@@ -16,7 +16,17 @@ halves), and `packed` with `documents` (several documents in one row without pad
 """
 
 from prefixtune.attachment.head import head_of, last_hidden, splits
-from prefixtune.attachment.packed import packed, packs
+from prefixtune.attachment.packed import compile_layers, packed, packs
 from prefixtune.attachment.session import attach, attach_pairs, supported
 
-__all__ = ["attach", "attach_pairs", "head_of", "last_hidden", "packed", "packs", "splits", "supported"]
+__all__ = [
+    "attach",
+    "attach_pairs",
+    "compile_layers",
+    "head_of",
+    "last_hidden",
+    "packed",
+    "packs",
+    "splits",
+    "supported",
+]

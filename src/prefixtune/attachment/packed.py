@@ -10,6 +10,7 @@ Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens of the pack, D he
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefixtune.attachment.documents import Layout, attend_documents
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.session import attach_pairs
-from prefixtune.errors import AttachError, UnsupportedModelError
+from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
-__all__ = ["packed", "packs"]
+__all__ = ["compile_layers", "packed", "packs"]
 
 NAME = "prefixtune_packed"
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -139,7 +141,25 @@ def _packed_attention(
     return out[None], None  # [1, T, H, D]
 
 
-AttentionInterface.register(NAME, _packed_attention)
+# compiled layers leave attention out: it reads a table by id, and its tiles change with every pack
+_uncompiled: Any = torch.compiler.disable
+AttentionInterface.register(NAME, _uncompiled(_packed_attention))
+
+
+def compile_layers(base: nn.Module) -> None:
+    """Compile each decoder layer but for its attention, for packs of any length; the first pass takes long.
+
+    Raises:
+        ConfigError: there is no C++ compiler, which torch.compile needs on a CPU.
+    """
+    if next(base.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ConfigError(
+            "compile: torch.compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++",
+            hint="install one, or leave --compile out",
+        )
+    for layer in decoder_of(base).modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
 
 
 def packs(base: nn.Module) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from prefixtune.attachment import packs
+from prefixtune.attachment import compile_layers, packs
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
 from prefixtune.errors import ConfigError, DataError, RunError
@@ -189,6 +189,10 @@ def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: i
         note(f"rows are packed, up to {capacity} tokens in a pass")
     elif config.packing:
         note(f"rows of similar length share a pass: {packs(base)}")
+    if config.compile:
+        if not found.packing:
+            raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
+        compile_layers(base)
     return found
 
 
