@@ -129,7 +129,7 @@ def test_logits_grow_with_the_vocabulary_and_activations_do_not() -> None:
 
 
 def test_checkpointing_keeps_one_layer_and_the_layers_inputs() -> None:
-    shapes = dict(vocab_size=64)
+    shapes = dict(vocab_size=100)
     few, many = (
         measure_step(small(num_hidden_layers=layers, **shapes), setup(checkpointing=True))
         for layers in (4, 8)
@@ -305,9 +305,11 @@ main()
 """
 
 
-def train(place: Path, *more: Any, limit_after: Path | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    place: Path, *more: Any, output: str = "run", limit_after: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """prefixtune train in its own process, which gets no more memory once the checkpoint is there."""
-    args = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", place / "run"]
+    args = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", place / output]
     args += ["--report-to", "none", "--json", *more]
     code = RUN.format(limit_after=str(limit_after or ""))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -345,13 +347,13 @@ def test_estimate_is_within_15_percent_of_the_process_peak(place: Path, options:
 
 def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(place: Path) -> None:
     options = ["--dtype", "float32", "--max-steps", 6, "--save-steps", 1]
-    stopped = train(place, *options, "--overwrite", limit_after=place / "run" / "checkpoint-1")
+    stopped = train(place, *options, output="full", limit_after=place / "full" / "checkpoint-1")
     assert stopped.returncode == 1, stopped.stderr
     assert "the memory is full" in stopped.stderr
     assert "--gradient-checkpointing" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert stopped.stdout == ""
-    resumed = train(place, *options, "--resume")
+    resumed = train(place, *options, "--resume", output="full")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
     assert json.loads(resumed.stdout)["steps"] == 6

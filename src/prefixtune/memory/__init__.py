@@ -5,7 +5,13 @@ Reading order: `tracker` (counts live bytes without weights), `step` (one traini
 """
 
 from prefixtune.memory.estimate import Advice, Estimate, check_fit, estimate, readable
-from prefixtune.memory.host import budget, explain_full_memory, measured_peak, resident
+from prefixtune.memory.host import (
+    budget,
+    explain_full_memory,
+    measured_peak,
+    resident,
+    return_freed_memory,
+)
 from prefixtune.memory.step import Setup, StepBytes, measure_step, training_step, without_weights
 from prefixtune.memory.tracker import LiveBytes
 
@@ -23,6 +29,7 @@ __all__ = [
     "measured_peak",
     "readable",
     "resident",
+    "return_freed_memory",
     "training_step",
     "without_weights",
 ]

@@ -18,7 +18,7 @@ from prefixtune.memory.stored import loading_bytes
 __all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable"]
 
 # of what a step allocates and frees again: holes that glibc cannot use at the peak (docs/memory.md)
-CPU_SLACK = 0.07
+CPU_SLACK = 0.15
 SHORTEST = 64  # tokens: rows are not advised to be cut below this
 
 

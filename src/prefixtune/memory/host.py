@@ -5,7 +5,9 @@ On the CPU memory is what is resident (as `/usr/bin/time -v` counts it), on CUDA
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ import torch
 
 from prefixtune.errors import OutOfMemoryError
 
-__all__ = ["budget", "explain_full_memory", "group_room", "measured_peak", "resident"]
+__all__ = ["budget", "explain_full_memory", "group_room", "measured_peak", "resident", "return_freed_memory"]
 
+M_MMAP_THRESHOLD, FROM_BYTES = -3, 4 * 2**20  # malloc.h
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page
 # v2 has one tree, v1 one for each controller: (limit, usage, the page cache that can be given back)
@@ -93,6 +96,17 @@ def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:
     counters = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
     used = int((group / usage).read_text()) - int(counters.get(cache, 0))
     return max(0, int(most) - used)
+
+
+def return_freed_memory() -> bool:
+    """Have this process give large tensors' memory back when they are freed. False where that is not glibc's.
+
+    glibc keeps freed blocks of up to 32 MiB and fragments: with gradient checkpointing a step took 941 MiB
+    where 498 were enough. It costs page faults: up to a third more time for small batches.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, FROM_BYTES))
 
 
 @contextmanager

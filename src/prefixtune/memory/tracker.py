@@ -66,7 +66,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if func is aten._local_scalar_dense.default:
                 return 1.0 if tensors[0].is_floating_point() else 1
-            result = func(*_by_index(func, args), **kwargs)
+            if func is aten._grouped_mm.default and args[1].dim() == 3:
+                # [S, in] by experts [E, in, out]; torch's shape rule for it takes bfloat16 only
+                result = args[0].new_empty(args[0].shape[0], args[1].shape[2])
+            else:
+                result = func(*_by_index(func, args), **kwargs)
         elif not tensors:
             with self.fake:
                 result = func(*args, **kwargs)
