@@ -8,6 +8,7 @@ __all__ = [
     "DataError",
     "MissingExtraError",
     "ModelError",
+    "OutOfMemoryError",
     "PrefixTuneError",
     "RunError",
     "StorageError",
@@ -62,6 +63,10 @@ class StorageError(PrefixTuneError, ValueError):
 
 class RunError(PrefixTuneError, RuntimeError):
     """A run cannot start or go on: the folder holds one already, or there is nothing to resume."""
+
+
+class OutOfMemoryError(PrefixTuneError, MemoryError):
+    """A run does not fit in memory, by its estimate or in fact; the hint says what makes it fit."""
 
 
 class MissingExtraError(PrefixTuneError, ImportError):

@@ -19,7 +19,7 @@ from torch import nn
 
 from prefixtune.errors import UnsupportedModelError
 
-__all__ = ["Fingerprint", "Geometry", "LayerGeometry", "quiet_eval", "text_config"]
+__all__ = ["Fingerprint", "Geometry", "LayerGeometry", "meta_ready", "quiet_eval", "text_config"]
 
 SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and others spread over the depth
 SKETCH_VALUES = 48  # values sampled from each
@@ -211,7 +211,7 @@ def quiet_eval(base: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _meta_ready(base: nn.Module) -> Iterator[None]:
+def meta_ready(base: nn.Module) -> Iterator[None]:
     """On the meta device, switch off what would read values: experts kernels by data, the padding warning."""
     config = text_config(base)
     switches = {"_experts_implementation": "batched_mm", "pad_token_id": None}
@@ -244,7 +244,7 @@ def _cache_of_one_token(base: nn.Module) -> Any:
         )
     cache = DynamicCache()
     token = torch.ones((1, 1), dtype=torch.long, device=_device(base))
-    with quiet_eval(base), _meta_ready(base), _unsupported_unless_it_runs(base):
+    with quiet_eval(base), meta_ready(base), _unsupported_unless_it_runs(base):
         base(input_ids=token, past_key_values=cache, use_cache=True)
     return cache
 

@@ -19,7 +19,7 @@ import torch
 
 from prefixtune.errors import ConfigError, MissingExtraError, ModelError
 
-__all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer"]
+__all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
@@ -121,6 +121,24 @@ def empty_model(name: str) -> Any:
         problem = "its configuration describes no model that transformers can build"
         with _explained(name, problem), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def placement(dtype: str = "auto", device: str | None = None) -> tuple[torch.dtype, str]:
+    """The precision and the device that `load_base` would choose."""
+    place = _device(device)
+    return _choose_dtype(dtype, place)[0], str(place)
+
+
+def weight_files(name: str) -> list[Path]:
+    """The files that hold the weights of the model called `name`; none for a config.json or a hub name."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return []
+    source = _find(name)
+    if source.on_hub:
+        return []
+    pattern = source.gguf_file or "*.safetensors"
+    return sorted(Path(source.path).glob(pattern))
 
 
 def _find(name: str) -> _Source:

@@ -26,7 +26,7 @@ from prefixtune.attachment.documents import Layout, attend_documents
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.session import attach_pairs
 from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
-from prefixtune.geometry import Geometry, quiet_eval, text_config
+from prefixtune.geometry import Geometry, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
 __all__ = ["compile_layers", "packed", "packs"]
@@ -186,7 +186,7 @@ def _why_not(base: nn.Module) -> str:
     try:
         with quiet_eval(base):
             if weight.is_meta:
-                with packed(base, None, lengths) as run:
+                with meta_ready(base), packed(base, _shapes_only(base), lengths) as run:
                     run(ids)
                 return ""
             pairs = [(layer.key, layer.value) for layer in PrefixKV.from_tokens(base, text).layers]
@@ -202,3 +202,15 @@ def _why_not(base: nn.Module) -> str:
     if not error_norm <= (1e-4 if exact else 0.05):
         return f"{config.model_type} gives packed documents other hidden states (off by {error_norm:.1g})"
     return ""
+
+
+def _shapes_only(base: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """A prefix of one token on the meta device."""
+    layers = Geometry.probe(base).layers
+    return [
+        (
+            torch.empty(layer.kv_heads, 1, layer.key_dim, device="meta"),
+            torch.empty(layer.kv_heads, 1, layer.value_dim, device="meta"),
+        )
+        for layer in layers
+    ]

@@ -7,6 +7,7 @@ import click
 from prefixtune import __version__
 from prefixtune.cli.chat import chat
 from prefixtune.cli.data import data
+from prefixtune.cli.estimate import estimate
 from prefixtune.cli.evaluate import evaluate
 from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
@@ -29,5 +30,5 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (quickstart, train, evaluate, generate, chat, inspect, data):
+for _command in (quickstart, estimate, train, evaluate, generate, chat, inspect, data):
     main.add_command(_command)

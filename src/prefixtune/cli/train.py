@@ -23,6 +23,7 @@ DEFAULTS = {"init": "text where the model has a tokenizer, else random"}
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="folder of the run")
 @click.option("--resume", is_flag=True, help="go on from the last checkpoint in --output")
 @click.option("--overwrite", is_flag=True, help="replace the run that is in --output")
+@click.option("--force", is_flag=True, help="begin even if the memory will not do, by the estimate")
 @config_options("prefix", "data", "train", defaults=DEFAULTS)
 @json_option
 def train(
@@ -32,6 +33,7 @@ def train(
     output: Path,
     resume: bool,
     overwrite: bool,
+    force: bool,
     prefix_options: dict[str, Any],
     data_options: dict[str, Any],
     train_options: dict[str, Any],
@@ -44,7 +46,12 @@ def train(
     )  # wrong values before any work
 
     import prefixtune.train as room
+    from prefixtune.memory import return_freed_memory
 
+    if (
+        config.gradient_checkpointing
+    ):  # who asks for less memory and more time gets both from the allocator too
+        return_freed_memory()
     result = room.train(
         model=model,
         data=data,
@@ -55,5 +62,6 @@ def train(
         config=config,
         resume=resume,
         overwrite=overwrite,
+        force=force,
     )
     print_json(result.to_dict()) if as_json else click.echo(result.summary())

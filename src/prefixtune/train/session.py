@@ -23,9 +23,11 @@ from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.loss import PASS_TOKENS, Passes
+from prefixtune.memory import Estimate, explain_full_memory, measured_peak, readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.folder import check_resumed, finished, last_checkpoint, open_run, record_run
+from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
 from prefixtune.train.trainer import KeepBest, PrefixTrainer, run, training_arguments
 
 __all__ = ["TrainResult", "default_learning_rate", "train"]
@@ -37,7 +39,11 @@ PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run reports. Losses are nats per target token on the evaluation rows."""
+    """What a finished run reports. Losses are nats per target token on the evaluation rows.
+
+    `peak_bytes` is the process's peak, resident on the CPU and allocated on CUDA; `estimated_peak_bytes` is
+    what was predicted for it before the training.
+    """
 
     output: str
     steps: int
@@ -52,6 +58,8 @@ class TrainResult:
     train_seconds: float
     learning_rate: float
     dtype: str
+    estimated_peak_bytes: int | None = None  # None in the records of earlier versions
+    peak_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -63,6 +71,10 @@ class TrainResult:
         ]
         if self.eval_loss is not None:
             lines.append(f"evaluation loss {self.base_loss:.4f} (bare model) -> {self.eval_loss:.4f}")
+        if self.peak_bytes and self.estimated_peak_bytes:
+            error = self.estimated_peak_bytes / self.peak_bytes - 1
+            estimated = f"{readable(self.estimated_peak_bytes)} were estimated ({error:+.0%})"
+            lines.append(f"peak memory {readable(self.peak_bytes)}; {estimated}")
         return "\n".join([*lines, f"prefix: {self.output}"])
 
 
@@ -77,6 +89,7 @@ def train(
     config: TrainConfig | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
 ) -> TrainResult:
     """Train a prefix for `model` on `data` and write it to `output`.
 
@@ -87,8 +100,10 @@ def train(
             training rows.
         resume: go on from the last checkpoint in `output`, exactly as if never interrupted.
         overwrite: replace the run in `output`.
+        force: begin although the memory will not do, by the estimate.
 
     Raises:
+        OutOfMemoryError: the run does not fit in memory.
         RunError: `output` holds a run already, or none to resume.
         DataError, ModelError, ConfigError: the input cannot be used.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint was written.
@@ -107,6 +122,7 @@ def train(
     if began and (record := finished(output, began["resolved"]["steps"])):
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
+    check_weights(model, config, force=force)
     examples, eval_examples, base, report = _load(model, data, eval_data, data_config, config, began)
     set_seed(config.seed)
     prefix_config = _prefix_config(began, prefix_options or {}, base, examples)
@@ -122,6 +138,17 @@ def train(
     prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
     rows, pad = (examples, eval_examples), ending(base.model, base.tokenizer)["pad_token_id"]
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, pad_token_id=pad)
+    kind, place = base.model.dtype, str(base.model.device)
+    setup = setup_of(
+        config,
+        prefix_config,
+        examples,
+        eval_examples or (),
+        packing=trainer.passes.packing,
+        dtype=kind,
+        device=place,
+    )
+    estimate = forecast(prefix_model, setup, force=force)
     record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
     base_loss = None
     if eval_examples:
@@ -137,8 +164,9 @@ def train(
         note(f"bare model: evaluation loss {base_loss:.4f}")
     steps, rate = resolved["steps"], resolved["learning_rate"]
     note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
-    seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
-    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, report, base)
+    with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
+        seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
+    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, report, base, estimate)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -348,6 +376,7 @@ def _finish(
     learning_rate: float,
     report: DataReport,
     base: LoadedBase,
+    estimate: Estimate,
 ) -> TrainResult:
     """Write the prefix: the best by evaluation loss where there was an evaluation, else the last."""
     eval_loss = best_step = None
@@ -378,6 +407,8 @@ def _finish(
         train_seconds=seconds,
         learning_rate=learning_rate,
         dtype=str(base.model.dtype).removeprefix("torch."),
+        estimated_peak_bytes=estimate.peak,
+        peak_bytes=measured_peak(estimate.setup.device),
     )
     if best_step is not None and best_step != trainer.state.global_step:
         best = PrefixModel.from_pretrained(base.model, output / "best", is_trainable=True)

@@ -1,0 +1,35 @@
+"""Predicts how much memory a run takes, and compares it with what the run took.
+
+Reading order: `tracker` (counts live bytes without weights), `step` (one training step under it), `estimate`
+(a prediction, and what would lower it), `host` (what the machine has). Knows no data and no files.
+"""
+
+from prefixtune.memory.estimate import Advice, Estimate, check_fit, estimate, readable
+from prefixtune.memory.host import (
+    budget,
+    explain_full_memory,
+    measured_peak,
+    resident,
+    return_freed_memory,
+)
+from prefixtune.memory.step import Setup, StepBytes, measure_step, training_step, without_weights
+from prefixtune.memory.tracker import LiveBytes
+
+__all__ = [
+    "Advice",
+    "Estimate",
+    "LiveBytes",
+    "Setup",
+    "StepBytes",
+    "budget",
+    "check_fit",
+    "estimate",
+    "explain_full_memory",
+    "measure_step",
+    "measured_peak",
+    "readable",
+    "resident",
+    "return_freed_memory",
+    "training_step",
+    "without_weights",
+]

@@ -1,0 +1,245 @@
+"""From options to a prediction of the peak, and to what would lower it. Knows no data and no files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefixtune.errors import OutOfMemoryError
+from prefixtune.memory.step import Setup, StepBytes, measure_step
+from prefixtune.memory.stored import loading_bytes
+
+__all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable"]
+
+# of what a step allocates and frees again: holes that glibc cannot use at the peak (docs/memory.md)
+CPU_SLACK = 0.15
+SHORTEST = 64  # tokens: rows are not advised to be cut below this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One change and the peak that was estimated with it."""
+
+    change: str
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The predicted peak of a training run in bytes, and its parts.
+
+    Attributes:
+        step: what is live at the peak of a step.
+        baseline: the process without a model: interpreter, libraries, rows. 0 on CUDA.
+        slack: what the allocator holds beyond it. 0 on CUDA.
+        loading: the peak while the weights are read, which may be the higher one.
+        available: what the process may come to have.
+        advice: changes that lower the peak, in the order in which we would try them.
+    """
+
+    setup: Setup
+    step: StepBytes
+    baseline: int
+    slack: int
+    loading: int
+    available: int
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        return max(self.baseline + self.step.total + self.slack, self.loading)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        step, setup = self.step, self.setup
+        return {
+            "peak_bytes": self.peak,
+            "available_bytes": self.available,
+            "fits": self.fits,
+            "weights_bytes": step.weights,
+            "prefix_bytes": step.prefix,
+            "optimizer_bytes": step.optimizer,
+            "gradient_bytes": step.gradients,
+            "activation_bytes": step.activations,
+            "logits_bytes": step.logits,
+            "baseline_bytes": self.baseline,
+            "slack_bytes": self.slack,
+            "loading_peak_bytes": self.loading,
+            "device": setup.device,
+            "dtype": str(setup.dtype).removeprefix("torch."),
+            "assumptions": {
+                "rows_of_a_pass": len(setup.lengths),
+                "tokens_of_a_pass": setup.tokens,
+                "packing": setup.packing,
+                "target_share": round(setup.target_share, 4),
+                "gradient_checkpointing": setup.checkpointing,
+                "eval_tokens_of_a_pass": sum(setup.eval_lengths),
+            },
+            "advice": [dataclasses.asdict(advice) for advice in self.advice],
+        }
+
+    def summary(self) -> str:
+        """The parts as a table, the verdict, and the advice."""
+        step, setup = self.step, self.setup
+        parts = {
+            "weights": step.weights,
+            "prefix": step.prefix,
+            "optimizer": step.optimizer,
+            "gradients": step.gradients,
+            "activations": step.activations,
+            "logits": step.logits,
+            "the process itself": self.baseline,
+            "allocator": self.slack,
+            "while loading": self.loading if self.loading == self.peak else 0,
+        }
+        dtype = str(setup.dtype).removeprefix("torch.")
+        lines = [f"passes of {setup.tokens} tokens in {dtype} on {setup.device}"]
+        lines += [f"  {name:<20}{readable(size):>10}" for name, size in parts.items() if size]
+        lines.append(f"  {'peak':<20}{readable(self.peak):>10}")
+        verdict = "it fits" if self.fits else "it DOES NOT FIT"
+        lines.append(f"available: {readable(self.available)}, so {verdict}")
+        return "\n".join([*lines, *([self.hint] if self.advice else [])])
+
+    @property
+    def hint(self) -> str:
+        """The advice, a line for each change."""
+        lines = [
+            f"{item.change} needs {readable(item.peak_bytes)}{'' if item.fits else ', still too much'}"
+            for item in self.advice
+        ]
+        return "\n".join(lines) or "no option of this run lowers it; take a smaller model"
+
+
+def estimate(
+    base: nn.Module,
+    setup: Setup,
+    *,
+    available: int,
+    baseline: int = 0,
+    files: Sequence[Path] = (),
+    so_far: int = 0,
+    advise: bool | None = None,
+) -> Estimate:
+    """Predict the peak of training on `base`; no weights are allocated.
+
+    Args:
+        base: the model on the meta device, see `prefixtune.load.empty_model`.
+        available: bytes that the process may come to have, see `budget`.
+        baseline: bytes that the process has without the model (CPU).
+        files: what the weights will be read from, see `prefixtune.load.weight_files`; none where they are
+            in memory already.
+        so_far: the peak of this process until now, where the weights are loaded already.
+        advise: estimate what would lower the peak; by default only where it does not fit.
+
+    Raises:
+        UnsupportedModelError: the model cannot carry a prefix.
+    """
+    step = measure_step(base, setup)
+    on_cpu = torch.device(setup.device).type == "cpu"
+    reading = baseline + loading_bytes(files, step.weights, setup.dtype) if on_cpu else step.weights
+    passing = step.activations + step.logits + step.gradients
+    found = Estimate(
+        setup=setup,
+        step=step,
+        baseline=baseline if on_cpu else 0,
+        slack=round(CPU_SLACK * passing) if on_cpu else 0,
+        loading=max(reading, so_far),
+        available=available,
+    )
+    if advise is False or (advise is None and found.fits):
+        return found
+    better = []
+    for change, other in _changes(setup):
+        peak = estimate(
+            base, other, available=available, baseline=baseline, files=files, so_far=so_far, advise=False
+        ).peak
+        if peak < found.peak:
+            better.append(Advice(change=change, peak_bytes=peak, fits=peak <= available))
+    return replace(found, advice=tuple(better))
+
+
+def check_fit(estimate: Estimate, *, force: bool) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        OutOfMemoryError: the estimated peak is above what is available, and it is not forced.
+    """
+    if estimate.fits or force:
+        return
+    raise OutOfMemoryError(
+        f"the run would need {readable(estimate.peak)}, and {readable(estimate.available)} are available "
+        f"({_largest(estimate)})",
+        hint=f"{estimate.hint}\n--force begins all the same",
+    )
+
+
+def readable(size: int) -> str:
+    """Bytes for people, in the units of the tools that show memory: 1 GiB = 2**30."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Changes to a run, the least painful first; the last is all of them at once."""
+    together: dict[str, Any] = {}
+    words = []
+    for change, values in (*_same_result(setup), *_other_result(setup)):
+        yield change, replace(setup, **values)
+        together |= values
+        words.append(change)
+    if len(words) > 1:
+        yield " ".join(words), replace(setup, **together)
+
+
+def _same_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that cost time and leave the gradient as it is."""
+    if not setup.checkpointing:
+        yield "--gradient-checkpointing", {"checkpointing": True}
+    if setup.tokens > setup.longest:
+        capacity = max(setup.longest, setup.tokens // 2)
+        yield f"--packing-length {capacity}", _in_passes_of(capacity, setup)
+
+
+def _other_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+    if setup.dtype == torch.float32:
+        yield "--dtype bfloat16", {"dtype": torch.bfloat16}
+    if setup.longest > SHORTEST:
+        half = setup.longest // 2
+        values = _in_passes_of(half, setup) | {"longest": half}
+        yield f"--max-length {half} --packing-length {half}", values
+    if setup.prefix.projection:
+        direct = replace(setup.prefix, projection=False, hidden_size=None)
+        yield "--no-projection", {"prefix": direct}
+
+
+def _in_passes_of(capacity: int, setup: Setup) -> dict[str, Any]:
+    def cut(lengths: tuple[int, ...]) -> tuple[int, ...]:
+        kept = [min(t, capacity) for t in lengths]
+        while len(kept) > 1 and (sum(kept) if setup.packing else len(kept) * max(kept)) > capacity:
+            kept.pop()
+        return tuple(kept)
+
+    return {"lengths": cut(setup.lengths), "eval_lengths": cut(setup.eval_lengths), "passes": 2}
+
+
+def _largest(estimate: Estimate) -> str:
+    step = estimate.step
+    parts = {
+        "weights": step.weights,
+        "optimizer": step.optimizer,
+        "activations": step.activations,
+        "logits": step.logits,
+        "the process itself": estimate.baseline,
+    }
+    two = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    return ", ".join(f"{name} {readable(size)}" for name, size in two)

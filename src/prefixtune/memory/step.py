@@ -1,0 +1,188 @@
+"""One training step without weights: how many bytes are live at its peak, and what they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.config import PrefixConfig
+from prefixtune.geometry import Geometry, text_config
+from prefixtune.loss import Passes, RowTokens
+from prefixtune.memory.tracker import LiveBytes, fake_copy_in_place
+from prefixtune.model import PrefixModel
+from prefixtune.prefix import LayerKV, Prefix, PrefixKV
+
+__all__ = ["Setup", "StepBytes", "measure_step", "rows_of", "training_step", "without_weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What decides how much memory a training step takes.
+
+    Attributes:
+        prefix: length and parameterisation; how it starts does not matter.
+        lengths: tokens of each row in the largest pass through the model.
+        packing: the rows of a pass lie end to end; else they are padded to the longest.
+        passes: of an optimizer step; from the second on there are gradients beside it.
+        target_share: share of the tokens that are targets.
+        longest: tokens of the longest row of all.
+        row_tokens: tokens of a row on the average.
+        checkpointing: activations are recomputed in the backward pass.
+        dtype: of the frozen base; the prefix is float32.
+        device: where it runs.
+        eval_lengths: the same of an evaluation's largest pass; empty without one.
+    """
+
+    prefix: PrefixConfig
+    lengths: tuple[int, ...]
+    packing: bool = True
+    passes: int = 1
+    target_share: float = 1.0
+    longest: int = 0
+    row_tokens: float = 0.0
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    eval_lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest pass, padding included."""
+        return sum(self.lengths) if self.packing else len(self.lengths) * max(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """What is live at the peak of a step, in bytes; the parts add up to `total`.
+
+    Attributes:
+        logits: tensors over the vocabulary.
+        activations: all else that the step needs beside weights, prefix, optimizer and gradients.
+    """
+
+    weights: int
+    prefix: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.prefix + self.optimizer + self.gradients + self.activations + self.logits
+
+
+def training_step(model: PrefixModel, setup: Setup) -> None:
+    """The passes of an optimizer step as the trainer runs them: change it here when the trainer changes."""
+    made = [tensor for pair in model.prefix() for tensor in pair]
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
+    pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
+    rows = rows_of(setup.lengths, setup)
+    for _ in range(min(setup.passes, 2)):
+        with _passes(model, setup).loss(rows, pairs) as loss:
+            (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
+    trained = [(tensor, leaf.grad) for tensor, leaf in zip(made, leaves, strict=True) if tensor.requires_grad]
+    torch.autograd.backward([tensor for tensor, _ in trained], [gradient for _, gradient in trained])
+
+
+def evaluation_step(model: PrefixModel, setup: Setup) -> None:
+    """A pass of `prefixtune.evaluate.target_loss`."""
+    with _passes(model, setup).loss(rows_of(setup.eval_lengths, setup), model.prefix()):
+        pass
+
+
+def _passes(model: PrefixModel, setup: Setup) -> Passes:
+    return Passes(model.base_model, setup.tokens, setup.packing, split=True, pad_token_id=0)
+
+
+def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
+    """Run a training step, and an evaluation step where there is one, without weights.
+
+    Args:
+        base: the model on the meta device, see `prefixtune.load.empty_model`; it is copied.
+
+    Raises:
+        UnsupportedModelError: the model cannot carry a prefix.
+    """
+    vocabulary = text_config(base).vocab_size
+    tracker = LiveBytes({"logits": lambda tensor: tensor.dim() > 1 and tensor.shape[-1] == vocabulary})
+    geometry = Geometry.probe(base)
+    model = PrefixModel(copy.deepcopy(base), _empty_kv(geometry, setup.prefix.length))
+    fake_copy_in_place(model.base_model, tracker, device=setup.device, dtype=setup.dtype)
+    weights = tracker.live
+    with tracker:
+        kv = _empty_kv(geometry, setup.prefix.length, device=setup.device)
+        model.prefix = Prefix(setup.prefix, geometry, kv)
+        del kv
+        prefix = tracker.live - weights
+        optimizer = _optimizer_with_state(model)
+        state = tracker.live - weights - prefix
+        tracker.restart()
+        model.train()
+        if setup.checkpointing:
+            model.gradient_checkpointing_enable()
+        training_step(model, setup)
+        gradients = sum(p.grad.nbytes for p in model.prefix.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grad_norm_(model.prefix.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if setup.eval_lengths:
+            model.eval()
+            with torch.no_grad():
+                evaluation_step(model, setup)
+    beyond = tracker.peak - weights - prefix - state - gradients
+    logits = min(beyond, tracker.peak_of["logits"])
+    return StepBytes(
+        weights=weights,
+        prefix=prefix,
+        optimizer=state,
+        gradients=gradients,
+        activations=beyond - logits,
+        logits=logits,
+    )
+
+
+def without_weights(base: nn.Module) -> nn.Module:
+    """A loaded model's twin on the meta device."""
+    with torch.device("meta"):
+        return type(base)(copy.deepcopy(base.config))
+
+
+def _empty_kv(geometry: Geometry, length: int, *, device: str = "meta") -> PrefixKV:
+    """Zeros in the shape of the prefix's keys and values."""
+
+    def zeros(heads: int, width: int) -> Tensor:
+        return torch.zeros(heads, length, width, device=device)
+
+    return PrefixKV(
+        tuple(
+            LayerKV(zeros(layer.kv_heads, layer.key_dim), zeros(layer.kv_heads, layer.value_dim))
+            for layer in geometry.layers
+        )
+    )
+
+
+def _optimizer_with_state(model: PrefixModel) -> torch.optim.Optimizer:
+    """AdamW as Trainer makes it, with the moments that it has from the second step on."""
+    parameters = list(model.prefix.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def rows_of(lengths: Sequence[int], setup: Setup) -> list[RowTokens]:
+    """Rows of these lengths, the end of each its target."""
+    rows = []
+    for length in lengths:
+        ids = torch.ones(length, dtype=torch.long)
+        labels = ids.clone()
+        labels[: round(length * (1 - setup.target_share))] = -100
+        rows.append(RowTokens(ids, labels))
+    return rows

@@ -1,0 +1,33 @@
+"""How much memory weights take while they are read from their files. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+__all__ = ["loading_bytes"]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def loading_bytes(files: Sequence[Path], weights: int, dtype: torch.dtype) -> int:
+    """Bytes at the peak of loading `weights` bytes in `dtype`, files mapped into memory included.
+
+    A safetensors file is mapped. In its own precision its pages are the weights; in another one both are
+    resident when the last tensor is converted. A .gguf file is mapped, and dequantised to float32 first.
+    """
+    stored = sum(file.stat().st_size for file in files)
+    if any(file.suffix == ".gguf" for file in files):
+        numbers = weights // dtype.itemsize
+        return stored + 4 * numbers + weights
+    kinds = {kind for file in files for kind in _kinds(file)}
+    return weights if kinds <= {dtype} else weights + stored
+
+
+def _kinds(file: Path) -> set[torch.dtype | None]:
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        return {DTYPES.get(tensors.get_slice(name).get_dtype()) for name in names}

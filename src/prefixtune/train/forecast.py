@@ -1,0 +1,187 @@
+"""How much memory a run will take: before its model is loaded, and when all is ready. Knows no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from prefixtune.attachment import packs
+from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
+from prefixtune.data import Example, build_examples, load_rows, parse_fields
+from prefixtune.errors import OutOfMemoryError
+from prefixtune.load import empty_model, load_tokenizer, placement, weight_files
+from prefixtune.loss import PASS_TOKENS, group_rows
+from prefixtune.memory import (
+    Estimate,
+    Setup,
+    budget,
+    check_fit,
+    estimate,
+    measured_peak,
+    readable,
+    resident,
+    without_weights,
+)
+from prefixtune.model import PrefixModel
+
+__all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
+
+
+SIZES = ("length", "projection", "hidden_size", "layers")  # options of the prefix that decide its bytes
+
+
+def setup_of(
+    config: TrainConfig,
+    prefix: PrefixConfig,
+    examples: Sequence[Example],
+    eval_examples: Sequence[Example] = (),
+    *,
+    packing: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> Setup:
+    """What `prefixtune.memory` has to know of a run; `packing`: whether its rows can be packed."""
+    lengths = [len(example.input_ids) for example in examples]
+    longest, batch = max(lengths), min(config.per_device_train_batch_size, len(lengths))
+    capacity = max(longest, config.packing_length or PASS_TOKENS)
+    largest = sorted(lengths)[-batch:]
+    eval_lengths = [len(example.input_ids) for example in eval_examples]
+    return Setup(
+        prefix=prefix,
+        lengths=_largest_pass(largest if packing else lengths, capacity, batch, packing=packing),
+        packing=packing,
+        passes=2 if config.gradient_accumulation_steps > 1 or sum(largest) > capacity or not packing else 1,
+        target_share=sum(example.target_tokens for example in examples) / sum(lengths),
+        longest=longest,
+        row_tokens=sum(lengths) / len(lengths),
+        checkpointing=config.gradient_checkpointing,
+        dtype=dtype,
+        device=device,
+        eval_lengths=_largest_pass(eval_lengths, capacity, len(eval_lengths), packing=packing),
+    )
+
+
+def _largest_pass(lengths: list[int], capacity: int, rows: int, *, packing: bool) -> tuple[int, ...]:
+    """Lengths of the rows of the largest pass. A pack is taken to be full: in a long run one will be."""
+    if not lengths:
+        return ()
+    if not packing:
+        groups = [group[:rows] for group in group_rows(lengths, max(capacity, *lengths))]
+        found = max(groups, key=lambda group: len(group) * lengths[group[0]])
+        return tuple(lengths[row] for row in found)
+    tokens = min(capacity, sum(lengths))
+    mean = max(1, round(sum(lengths) / len(lengths)))
+    whole, rest = divmod(tokens, min(mean, tokens))
+    return (min(mean, tokens),) * whole + ((rest,) if rest else ())
+
+
+def forecast_for(
+    model: str,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    prefix_options: Mapping[str, Any] | None = None,
+    data_config: DataConfig | None = None,
+    config: TrainConfig | None = None,
+    device: str | None = None,
+) -> Estimate:
+    """The estimate for `train` with the same arguments, without the model's weights.
+
+    This process has imported what a training run imports, so its own size is the baseline.
+
+    Args:
+        model: as for `train`, or a config.json file.
+        data: rows, for their lengths; unless given, all are taken to be `data_config.max_length` long.
+
+    Raises:
+        DataError, ModelError, ConfigError: the input cannot be used.
+        UnsupportedModelError: the model cannot carry a prefix.
+    """
+    data_config, config = data_config or DataConfig(), config or TrainConfig()
+    sizes = {
+        k: v
+        for k, v in (prefix_options or {}).items()
+        if k in ("length", "projection", "hidden_size", "layers")
+    }
+    dtype, place = placement(config.dtype, device)
+    files = weight_files(model)
+    tokenizer = load_tokenizer(model) if data or eval_data or files else None
+    fields = parse_fields(data_config.fields)
+    found: list[list[Example]] = []
+    for source, limit in ((data, data_config.limit), (eval_data, None)):
+        if source is not None:
+            rows = load_rows(source, fields=fields, split=data_config.split, limit=limit)
+            found.append(build_examples(rows, tokenizer, data_config)[0])
+        else:
+            found.append([])
+    base = empty_model(model)
+    setup = setup_of(
+        config,
+        PrefixConfig(**sizes),
+        found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size,
+        found[1],
+        packing=config.packing and not packs(base),
+        dtype=dtype,
+        device=place,
+    )
+    return estimate(base, setup, available=budget(place), baseline=resident(place), files=files)
+
+
+def _longest(tokens: int) -> Example:
+    """A row of the most tokens, all of them targets."""
+    return Example(input_ids=(0,) * tokens, labels=(0,) * tokens, origin="assumed", truncated=0)
+
+
+def check_weights(model: str, config: TrainConfig, *, force: bool) -> None:
+    """Refuse a model whose weights alone do not fit, before they are loaded.
+
+    Raises:
+        OutOfMemoryError: they do not, and it is not forced.
+    """
+    if force:
+        return
+    dtype, device = placement(config.dtype)
+    weights = sum(parameter.numel() for parameter in empty_model(model).parameters()) * dtype.itemsize
+    room = budget(device)
+    needed = weights + resident(device)
+    if needed > room:
+        hint = "--dtype bfloat16 halves the weights" if dtype == torch.float32 else "take a smaller model"
+        raise OutOfMemoryError(
+            f"{model}: the weights take {readable(weights)} in {str(dtype).removeprefix('torch.')}, and "
+            f"{readable(room)} are available",
+            hint=f"{hint}; --force begins all the same",
+        )
+
+
+def forecast(model: PrefixModel, setup: Setup, *, force: bool) -> Estimate:
+    """The estimate for a model that is loaded and has run once, so that its weights are resident.
+
+    Raises:
+        OutOfMemoryError: training cannot fit, and it is not forced.
+    """
+    found = _estimate(model, setup, advise=None)
+    check_fit(found, force=force)
+    return found
+
+
+def advice_for(model: PrefixModel, setup: Setup) -> str:
+    """What to do when the memory was full in spite of the estimate."""
+    again = "--resume goes on from the last checkpoint, where there is one"
+    try:
+        return f"{_estimate(model, setup, advise=True).hint}\n{again}"
+    except (MemoryError, RuntimeError):  # nothing is left to estimate with
+        return f"--gradient-checkpointing, a smaller batch or shorter rows need less\n{again}"
+
+
+def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None) -> Estimate:
+    tensors = {id(t): t.nbytes for part in (model.parameters(), model.buffers()) for t in part}
+    return estimate(
+        without_weights(model.base_model),
+        setup,
+        available=budget(setup.device),
+        baseline=max(0, resident(setup.device) - sum(tensors.values())),
+        so_far=measured_peak(setup.device),
+        advise=advise,
+    )

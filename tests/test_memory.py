@@ -1,0 +1,382 @@
+"""Laws of the memory estimate: live bytes are counted exactly, and the peak of a run is what was said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from click.testing import CliRunner, Result
+
+from families import FAMILIES, tiny_model
+from prefixtune import PrefixConfig
+from prefixtune.attachment import packs
+from prefixtune.cli import main
+from prefixtune.errors import OutOfMemoryError
+from prefixtune.memory import LiveBytes, Setup, check_fit, estimate, explain_full_memory, measure_step
+from prefixtune.memory.host import group_room
+from tokenizers_for_tests import byte_tokenizer
+
+MIB, GIB = 2**20, 2**30
+PLENTY = 2**60
+TOLERANCE = 0.15  # of the measured peak
+
+
+# --- the tracker -------------------------------------------------------------------------------------------
+
+
+def test_live_bytes_follow_storages_and_not_views() -> None:
+    with LiveBytes() as counted:
+        tensor = torch.zeros(1000, 1000) * 2  # the zeros go when the product is there
+        assert (counted.live, counted.peak) == (4_000_000, 8_000_000)
+        view = tensor[:10].t()
+        del tensor
+        assert counted.live == 4_000_000
+        del view
+        assert counted.live == 0
+
+
+def test_peak_of_a_backward_pass_is_the_hand_count() -> None:
+    width = 256
+    with LiveBytes() as counted:
+        x = torch.zeros(width, width, requires_grad=True)
+        before, one = counted.live, 4 * width * width
+        loss = x.exp().sin().cos().sum()  # kept: exp's output and sin's output
+        assert counted.live - before == 2 * one + 4
+        loss.backward()
+        assert x.grad is not None
+    assert counted.live - before == one + 4  # the gradient and the loss
+
+
+class _Square(torch.autograd.Function):
+    """Keeps one tensor for the backward pass, as a chunked loss would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+def test_own_autograd_functions_and_masks_are_counted() -> None:
+    with LiveBytes() as counted:
+        mask = torch.arange(8) % 2 == 0
+        weight = torch.zeros(8, 1000, requires_grad=True)
+        hidden = weight * 1
+        picked = hidden[mask]  # [4, 1000]: the mask's values are known
+        assert picked.shape == (4, 1000)
+        before = counted.live
+        out = torch.bmm(_Square.apply(picked)[None], torch.zeros(1, 1000, 3))  # type: ignore[no-untyped-call]
+        assert counted.live - before == 4 * (1000 * 3 + 4 * 3)  # the square is of no use in the backward pass
+        out.sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.shape == (8, 1000)
+
+
+# --- a step ------------------------------------------------------------------------------------------------
+
+
+def meta_model(config: Any) -> Any:
+    with torch.device("meta"):
+        return hf.AutoModelForCausalLM.from_config(config)
+
+
+def small(**changes: Any) -> Any:
+    sizes = dict(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return meta_model(hf.LlamaConfig(**sizes | changes))
+
+
+def setup(**changes: Any) -> Setup:
+    values: dict[str, Any] = dict(prefix=PrefixConfig(length=10), lengths=(64, 64), longest=64)
+    return Setup(**values | changes)
+
+
+def test_weights_prefix_optimizer_and_gradients_are_the_tensors_bytes() -> None:
+    base = small(tie_word_embeddings=True)
+    trained = 10 * base.config.num_hidden_layers * 2 * 2 * 16  # P, layers, key and value, heads, head dim
+    step = measure_step(base, setup())
+    buffers = sum(buffer.nbytes for buffer in base.buffers())
+    assert step.weights == sum(p.nbytes for p in base.parameters()) + buffers
+    assert step.prefix == step.gradients == 4 * trained
+    assert step.optimizer - 2 * 4 * trained == 4 * 2 * base.config.num_hidden_layers  # a step count each
+    half = measure_step(base, setup(dtype=torch.bfloat16))
+    assert half.weights - buffers == (step.weights - buffers) / 2
+    assert (half.prefix, half.optimizer) == (step.prefix, step.optimizer)
+
+
+def test_logits_grow_with_the_vocabulary_and_activations_do_not() -> None:
+    one, two = (measure_step(small(vocab_size=size), setup(lengths=(128, 128))) for size in (4000, 8000))
+    assert two.logits == pytest.approx(2 * one.logits, rel=0.01)
+    assert two.activations == pytest.approx(one.activations, rel=0.05)
+    large, larger = (measure_step(small(vocab_size=2**18), setup(lengths=(n,))) for n in (500, 1000))
+    assert larger.logits == pytest.approx(large.logits, rel=0.01)  # a chunk of them
+
+
+def test_checkpointing_keeps_one_layer_and_the_layers_inputs() -> None:
+    shapes = dict(vocab_size=100)
+    few, many = (
+        measure_step(small(num_hidden_layers=layers, **shapes), setup(checkpointing=True))
+        for layers in (4, 8)
+    )
+    inputs = 4 * 2 * 64 * 64  # bytes of one layer's input: float32, rows, tokens, hidden size
+    assert many.activations - few.activations == pytest.approx(4 * inputs, rel=0.25)
+    assert measure_step(small(num_hidden_layers=8, **shapes), setup()).activations > 3 * many.activations
+
+
+def test_accumulation_keeps_gradients_beside_the_activations() -> None:
+    projected = PrefixConfig(length=10, projection=True, hidden_size=512)
+    one, two = (measure_step(small(), setup(prefix=projected, passes=n)) for n in (1, 2))
+    assert 0 <= two.total - one.total <= one.gradients
+    assert (two.weights, two.prefix, two.gradients) == (one.weights, one.prefix, one.gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_measured_without_weights(family: str) -> None:
+    base = meta_model(tiny_model(family).config)
+    packing = not packs(base)
+    assert packing == (not packs(tiny_model(family)))  # the same answer without weights
+    plain, checkpointed = (
+        measure_step(base, setup(lengths=(32, 16), packing=packing, checkpointing=on)) for on in (False, True)
+    )
+    assert plain.activations > 0
+    assert checkpointed.total <= plain.total
+
+
+def test_measured_step_is_what_the_same_step_on_real_tensors_allocates() -> None:
+    """Of the same code, with weights: storages counted alike, kernels' own buffers left out."""
+    from prefixtune import PrefixModel
+    from prefixtune.memory.step import training_step
+
+    base = tiny_model("llama", num_hidden_layers=3)
+    plan = setup(lengths=(40, 40, 39), longest=40)
+    predicted = measure_step(meta_model(base.config), plan)
+    model = PrefixModel(base, plan.prefix).train()
+    seen = _RealBytes()
+    with seen:
+        training_step(model, plan)
+    assert predicted.activations + predicted.logits + predicted.gradients == pytest.approx(
+        seen.peak, rel=0.02
+    )
+
+
+class _RealBytes(LiveBytes):
+    """The same count over tensors that have their data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs))
+                 if isinstance(t, torch.Tensor)}  # fmt: skip
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self.count(tensor)
+        return result
+
+
+# --- what fits ---------------------------------------------------------------------------------------------
+
+
+def test_advice_holds_what_it_says() -> None:
+    wide = dict(lengths=(256,) * 8, longest=256, prefix=PrefixConfig(length=10, projection=True))
+    base, plan = small(), setup(**wide)
+    found = estimate(base, plan, available=1)
+    assert not found.fits
+    alone = {item.change: item.peak_bytes for item in found.advice}
+    assert (
+        alone["--gradient-checkpointing"]
+        == estimate(base, setup(**wide, checkpointing=True), available=PLENTY).peak
+    )
+    assert all(peak < found.peak for peak in alone.values())
+    assert list(alone)[-1].count("--") >= 5  # all of them at once
+    assert min(alone.values()) == alone[list(alone)[-1]]
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_forced() -> None:
+    found = estimate(small(), setup(), available=1000)
+    with pytest.raises(OutOfMemoryError, match="would need") as refused:
+        check_fit(found, force=False)
+    assert "--force" in str(refused.value.hint)
+    assert "--gradient-checkpointing needs" in str(refused.value.hint)
+    check_fit(found, force=True)
+    check_fit(estimate(small(), setup(), available=PLENTY), force=False)
+
+
+def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, "max", 10), (inner.parent, str(8 * GIB), 3 * GIB)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
+    assert group_room("0::/a/b\n", tmp_path) == 6 * GIB  # the page cache can be given back
+    assert group_room("0::/\n", tmp_path) is None
+
+
+def test_control_groups_of_the_first_version_count(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{4 * GIB}\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text(f"{GIB}\n")
+    members = "3:cpu:/x\n2:memory:/docker/of-the-host\n"  # a path that this container does not see
+    assert group_room(members, tmp_path) == 3 * GIB
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert group_room(members, tmp_path) is None
+
+
+def test_full_memory_is_told_with_the_hint_and_other_errors_are_not() -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match="run: the memory is full"),
+        explain_full_memory("run", hint=lambda: "smaller"),
+    ):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="other"), explain_full_memory("run", hint=lambda: "smaller"):
+        raise RuntimeError("other")
+
+
+# --- the command and the run -------------------------------------------------------------------------------
+
+
+def call(*args: Any) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def test_estimate_command_says_the_parts_and_their_sum(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "vocab_size": 500, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = ["estimate", "--model", tmp_path / "config.json", "--dtype", "float32", "--device", "cpu"]
+    result = call(*line, "--max-length", 100, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    parts = ("weights", "prefix", "optimizer", "gradient", "activation", "logits", "baseline", "slack")
+    assert facts["peak_bytes"] == sum(facts[f"{part}_bytes"] for part in parts)
+    assert facts["fits"] is True
+    assert facts["advice"] == []
+    assert facts["assumptions"]["packing"] is True
+    assert facts["assumptions"]["tokens_of_a_pass"] == 512
+    assert "peak" in call(*line).stdout
+
+
+def test_probe_times_real_steps(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    result = call("estimate", "--model", tmp_path, "--max-length", 16, "--probe", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert 0 < json.loads(result.stdout)["seconds_per_1000_rows"] < 1000
+
+
+def write_model(folder: Path, *, stored: torch.dtype = torch.float32) -> Path:
+    """A model whose weights, logits and activations matter beside the process: 48 million parameters."""
+    tokenizer = byte_tokenizer()
+    config = hf.GPT2Config(vocab_size=20_000, n_embd=512, n_layer=12, n_head=8, n_positions=512)
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(config).to(stored).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"instruction": "word " * (30 + i % 40), "input": "", "output": "yes " * 20} for i in range(16)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+RUN = """
+import resource, sys, threading, time
+from pathlib import Path
+from prefixtune.cli import main
+
+def limit_after(checkpoint):
+    while not (checkpoint / "trainer_state.json").is_file():
+        time.sleep(0.01)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+
+if {limit_after!r}:
+    threading.Thread(target=limit_after, args=(Path({limit_after!r}),), daemon=True).start()
+main()
+"""
+
+
+def train(
+    place: Path, *more: Any, output: str = "run", limit_after: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """prefixtune train in its own process, which gets no more memory once the checkpoint is there."""
+    args = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", place / output]
+    args += ["--report-to", "none", "--json", *more]
+    code = RUN.format(limit_after=str(limit_after or ""))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=170)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "float32"],
+        ["--dtype", "bfloat16", "--gradient-checkpointing"],
+        ["--dtype", "float32", "--projection", "--per-device-train-batch-size", 2],
+        ["--dtype", "float32", "--packing-length", 1024],
+        ["--dtype", "float32", "--no-packing"],
+    ],
+    ids=["float32", "bfloat16-checkpointing", "projection", "long-packs", "unpacked"],
+)
+def test_estimate_is_within_15_percent_of_the_process_peak(place: Path, options: list[Any]) -> None:
+    line = [sys.executable, "-c", "from prefixtune.cli import main; main()", "estimate"]
+    line += ["--model", place / "model", "--data", place / "rows.json", "--json", *options]
+    told = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=170)
+    assert told.returncode == 0, told.stderr
+    estimated = json.loads(told.stdout)["peak_bytes"]
+    done = train(place, "--max-steps", 2, "--overwrite", *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["peak_bytes"] > 0.7 * GIB  # large enough to say something
+    assert estimated == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+    assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+
+
+def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(place: Path) -> None:
+    options = ["--dtype", "float32", "--max-steps", 6, "--save-steps", 1]
+    stopped = train(place, *options, output="full", limit_after=place / "full" / "checkpoint-1")
+    assert stopped.returncode == 1, stopped.stderr
+    assert "the memory is full" in stopped.stderr
+    assert "--gradient-checkpointing" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stdout == ""
+    resumed = train(place, *options, "--resume", output="full")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
+    assert json.loads(resumed.stdout)["steps"] == 6
+
+
+def test_training_is_refused_before_it_begins_where_it_cannot_fit(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import prefixtune.train.forecast as room
+
+    monkeypatch.setattr(room, "budget", lambda device: room.resident(device) + 300 * MIB)
+    line = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", tmp_path / "run"]
+    refused = call(*line, "--dtype", "float32", "--report-to", "none", "--max-steps", 1)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
+    monkeypatch.setattr(room, "budget", lambda device: room.resident(device) + 10 * MIB)
+    early = call(*line, "--dtype", "float32")
+    assert "the weights take" in early.stderr
