@@ -16,7 +16,9 @@ from typing import Any, Self, get_args, get_type_hints
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["DataConfig", "PrefixConfig", "TrainConfig", "chosen_layers", "option"]
+__all__ = ["SCHEMES", "DataConfig", "PrefixConfig", "TrainConfig", "chosen_layers", "option"]
+
+SCHEMES = ("int8", "nf4")  # in which a frozen base's linear weights can be held
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -243,6 +245,11 @@ class TrainConfig(_Config):
         "auto",
         "precision of the frozen base; the prefix is always fp32",
         choices=("auto", "float32", "bfloat16"),
+    )
+    quantize: str | None = option(
+        None,
+        "hold the frozen base's linear weights in 8 or 4 bits; nf4 needs prefixtune[quant]",
+        choices=SCHEMES,
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time"

@@ -19,7 +19,16 @@ from torch import nn
 
 from prefixtune.errors import UnsupportedModelError
 
-__all__ = ["Fingerprint", "Geometry", "LayerGeometry", "meta_ready", "quiet_eval", "text_config"]
+__all__ = [
+    "Fingerprint",
+    "Geometry",
+    "LayerGeometry",
+    "compute_dtype",
+    "is_exact",
+    "meta_ready",
+    "quiet_eval",
+    "text_config",
+]
 
 SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and others spread over the depth
 SKETCH_VALUES = 48  # values sampled from each
@@ -101,6 +110,7 @@ class Geometry:
         """
         if base in _PROBED:
             return _PROBED[base]
+        _settle_bitsandbytes(base)
         config = text_config(base)
         cache = _cache_of_one_token(base)
         windows = _windows(config)
@@ -159,7 +169,10 @@ class Fingerprint:
     @classmethod
     @torch.no_grad()
     def of(cls, base: nn.Module) -> Fingerprint:
-        """Sample `base`; quantised tensors are passed over, the embedding never is."""
+        """Sample `base`: as it was before `quantize_base`; other quantised tensors are passed over."""
+        before: Fingerprint | None = getattr(base, "prefixtune_fingerprint", None)
+        if before is not None:
+            return before
         weights = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() == 2]
         if not weights or weights[0][1].is_meta:
             return cls(values={})
@@ -196,6 +209,30 @@ def text_config(base: nn.Module) -> Any:
     """The configuration of the language model inside `base`."""
     config: Any = base.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The precision of the activations; a quantised weight's own type is not that.
+
+    The input embedding's, else that of the first parameter of 16 bits or more, else the configuration's.
+    """
+    whole: Any = base
+    embedding = getattr(whole.get_input_embeddings(), "weight", None) if hasattr(base, "config") else None
+    for weight in (embedding, *base.parameters()):
+        if weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
+            found: torch.dtype = weight.dtype
+            return found
+    told = getattr(text_config(base), "dtype", None)
+    return told if isinstance(told, torch.dtype) else torch.float32
+
+
+def is_exact(base: nn.Module) -> bool:
+    """Whether two ways to compute the same differ by float32's rounding only.
+
+    Not where a library quantised the model: some of them round activations, in steps far above that.
+    """
+    foreign = getattr(getattr(base, "config", None), "quantization_config", None) is not None
+    return compute_dtype(base) in (torch.float32, torch.float64) and not foreign
 
 
 @contextmanager
@@ -281,9 +318,7 @@ def _counts_the_mask(base: nn.Module) -> bool:
     with quiet_eval(base), _unsupported_unless_it_runs(base):
         plain = logits(ids)
         # a mixture's experts round by how many tokens they get, hence not 0
-        tolerance = (
-            1e-4 if next(base.parameters()).dtype in (torch.float32, torch.float64) else 0.05
-        ) * plain.std()
+        tolerance = (1e-4 if is_exact(base) else 0.05) * plain.std()
         if not bool((plain - logits(other))[:, :-1].abs().max() <= tolerance):
             raise UnsupportedModelError(
                 f"{kind} is an encoder: its tokens see later ones, so no KV cache stands for a text",
@@ -298,6 +333,24 @@ def _counts_the_mask(base: nn.Module) -> bool:
             )
         masked = logits(ids, attention_mask=hole, position_ids=positions)[:, -1]
         return not bool((logits(ids, attention_mask=hole)[:, -1] - masked).abs().max() <= tolerance)
+
+
+def _settle_bitsandbytes(base: nn.Module) -> None:
+    """Refuse what bitsandbytes' own layers cannot do exactly, and keep them from losing the gradient.
+
+    On CPUs with AVX512-BF16 a 4-bit layer that runs in evaluation mode rewrites its weights into a layout
+    whose kernel has no backward pass: the gradient would be lost without an error (bitsandbytes 0.50.2).
+    """
+    for name, module in base.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+        elif getattr(getattr(module, "state", None), "threshold", 0.0) > 0:
+            raise UnsupportedModelError(
+                f"{type(base).__name__}: {name} is LLM.int8(), which rounds by columns chosen from all "
+                "tokens of a batch: tokens depend on later ones, so no KV cache stands for a text",
+                hint="llm_int8_threshold=0.0 in BitsAndBytesConfig rounds each token by itself; better, "
+                "prefixtune.load.load_base(..., quantize='int8') rounds weights only",
+            )
 
 
 def _device(base: nn.Module) -> torch.device:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from prefixtune.errors import ConfigError, MissingExtraError, ModelError
+from prefixtune.quantize import check_scheme, quantization, quantize_base
 
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
@@ -34,13 +35,15 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken
 class LoadedBase:
     """A base model in evaluation mode on its device, with its tokenizer where it has one.
 
-    `name` is what prefix folders record; `dtype_reason` says in one line why it has its precision.
+    `name` is what prefix folders record; `dtype_reason` says in one line why it has its precision;
+    `quantization` is what prefix.json tells of it, None for a base in full precision.
     """
 
     model: Any
     tokenizer: Any | None
     name: str
     dtype_reason: str
+    quantization: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +66,20 @@ class _Source:
         return options
 
 
-def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> LoadedBase:
+def load_base(
+    name: str, *, dtype: str = "auto", device: str | None = None, quantize: str | None = None
+) -> LoadedBase:
     """Load the base model called `name`, with its tokenizer.
 
     Args:
         name: a hub name, a folder, a `.gguf` file, or `demo`.
         dtype: "float32", "bfloat16", or "auto": bfloat16 where it is measurably faster on the device.
         device: a torch device; a CUDA device where there is one, else the CPU, unless given.
+        quantize: "int8" or "nf4" for the linear weights, see `prefixtune.quantize`. They are packed on the
+            CPU, so that they are the same whatever the device, and reach the device packed.
 
     Raises:
+        ConfigError: there is no such device, precision or scheme, or they do not go together.
         ModelError: there is no such model, or it is broken, or not a causal language model.
         MissingExtraError: a package that this kind of model needs is not installed.
 
@@ -81,12 +89,23 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> L
     """
     source = _find(name)
     place = _device(device)
+    if quantize is not None:
+        check_scheme(quantize, place)
     precision, reason = _choose_dtype(dtype, place)
     with _quiet(f"loading {name} …", downloads=source.on_hub):
-        model = _read_model(source, precision)
+        model = _read_model(source, precision, as_stored=quantize is not None)
         tokenizer = _read_tokenizer(source) if _has_tokenizer(source) else None
+        if quantize is not None:
+            quantize_base(model, quantize).to(precision)
+            reason += f"; its linear layers in {quantize}"
     model.to(place)
-    return LoadedBase(model=model, tokenizer=tokenizer, name=source.name, dtype_reason=reason)
+    return LoadedBase(
+        model=model,
+        tokenizer=tokenizer,
+        name=source.name,
+        dtype_reason=reason,
+        quantization=quantization(model),
+    )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -250,13 +269,17 @@ def _read_config(source: _Source) -> Any:
     return config
 
 
-def _read_model(source: _Source, dtype: torch.dtype) -> Any:
+def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     # a .gguf file states its configuration slowly: transformers reads it itself, and checks come afterwards
-    extra: dict[str, Any] = {} if source.gguf_file else {"config": _read_config(source)}
+    extra: dict[str, Any] = {"dtype": dtype}
+    if not source.gguf_file:
+        extra["config"] = _read_config(source)
+    if as_stored and dtype == torch.float32 and not source.gguf_file:
+        extra["dtype"] = "auto"  # what is packed next must not be widened first: twice the memory, no gain
     # mismatches are read from the report below, which says which tensor; the exception does not
-    extra |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    extra |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _explained(source.name, "its weights cannot be loaded", hint="fetch or save the model again"):
         model, report = AutoModelForCausalLM.from_pretrained(source.path, **extra, **source.options)
     _check_complete(source.name, report)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from prefixtune.attachment import attach_pairs, supported
 from prefixtune.config import PrefixConfig
 from prefixtune.errors import AttachError, ConfigError, StorageError
-from prefixtune.geometry import Fingerprint, Geometry, text_config
+from prefixtune.geometry import Fingerprint, Geometry, compute_dtype, text_config
 from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise
+from prefixtune.quantize import count_numbers, quantization, refuse_lost_gradient
 from prefixtune.storage import check_base, load_prefix, save_prefix
 
 __all__ = ["PrefixModel"]
@@ -49,6 +50,7 @@ class PrefixModel(nn.Module):
     ) -> None:
         super().__init__()
         geometry = supported(base)
+        refuse_lost_gradient(base)
         if isinstance(prefix, PrefixKV):
             config, start = PrefixConfig(length=prefix.length), prefix
         elif isinstance(prefix, PrefixConfig):
@@ -63,7 +65,8 @@ class PrefixModel(nn.Module):
         self.base_model = base
         self.prefix = prefix
         self.geometry = geometry
-        self.record: dict[str, Any] = {}  # what prefix.json tells beyond the tensors: template, training, …
+        # what prefix.json tells beyond the tensors: template, training, …
+        self.record: dict[str, Any] = {"quantization": quantization(base)}
         self._name = f"model-{uuid4().hex}"
         self.register_state_dict_post_hook(_keep_prefix_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_base_is_not_missing)  # type: ignore[no-untyped-call]
@@ -139,7 +142,7 @@ class PrefixModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The base's precision; the prefix is fp32."""
-        return next(self.base_model.parameters()).dtype
+        return compute_dtype(self.base_model)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -202,7 +205,7 @@ class PrefixModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable numbers, all numbers), base included."""
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trainable, sum(p.numel() for p in self.parameters())
+        return trainable, sum(p.numel() for p in self.prefix.parameters()) + count_numbers(self.base_model)
 
     def print_trainable_parameters(self) -> None:
         """Print the counts in PEFT's form."""
@@ -258,7 +261,11 @@ class PrefixModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._put_together(base, prefix.to(next(base.parameters()).device), geometry)
-        model.record = {key: stored.info.get(key) for key in ("template", "training", "quantization")}
+        model.record |= {key: stored.info.get(key) for key in ("template", "training")}
+        if is_trainable:
+            refuse_lost_gradient(base)
+        else:  # what it was trained on, whatever it is served on
+            model.record["quantization"] = stored.info.get("quantization")
         model.prefix.requires_grad_(is_trainable)
         return model.train(is_trainable)
 

@@ -26,7 +26,7 @@ from prefixtune.attachment.documents import Layout, attend_documents
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.session import attach_pairs
 from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
-from prefixtune.geometry import Geometry, meta_ready, quiet_eval, text_config
+from prefixtune.geometry import Geometry, is_exact, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
 __all__ = ["compile_layers", "packed", "packs"]
@@ -197,9 +197,8 @@ def _why_not(base: nn.Module) -> str:
     except (LookupError, ValueError, AttributeError, TypeError, RuntimeError, UnsupportedModelError) as error:
         return f"{config.model_type} cannot be told where documents begin ({error})"
     expected = torch.cat(alone)
-    exact = weight.dtype in (torch.float32, torch.float64)
     error_norm = float((together - expected).norm() / expected.norm().clamp_min(1e-12))
-    if not error_norm <= (1e-4 if exact else 0.05):
+    if not error_norm <= (1e-4 if is_exact(base) else 0.05):
         return f"{config.model_type} gives packed documents other hidden states (off by {error_norm:.1g})"
     return ""
 

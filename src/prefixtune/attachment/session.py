@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefixtune.attachment.forward import forward_with_prefix
 from prefixtune.attachment.head import decoder_of
 from prefixtune.errors import AttachError, UnsupportedModelError
-from prefixtune.geometry import Geometry, quiet_eval, text_config
+from prefixtune.geometry import Geometry, is_exact, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
 __all__ = ["Session", "attach", "attach_pairs", "supported"]
@@ -117,7 +117,7 @@ def _check_oracle(base: nn.Module) -> None:
         mask[1, 0] = 0
         with attach(base, kv):
             found = base(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, -1].float()
-    exact = next(base.parameters()).dtype in (torch.float32, torch.float64)
+    exact = is_exact(base)
     for expected, got in ((whole, found[0]), (short, found[1])):
         error = float((got - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-12))
         if not error <= (1e-3 if exact else 0.25):

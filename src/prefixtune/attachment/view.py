@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from prefixtune.errors import AttachError
-from prefixtune.geometry import text_config
+from prefixtune.geometry import compute_dtype, text_config
 
 if TYPE_CHECKING:
     from prefixtune.attachment.session import Session
@@ -114,7 +114,7 @@ def inner_mask(
                 "a 4D attention_mask gives alibi no token counts; use a 2D mask with this model"
             )
         if not mask.is_floating_point():  # eager attention adds the mask, whatever its type
-            kind = next(session.base.parameters()).dtype
+            kind = compute_dtype(session.base)
             mask = torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(
                 mask == 0, torch.finfo(kind).min
             )

@@ -30,6 +30,7 @@ def chat(
     model: str | None,
     prefix_folder: Path | None,
     dtype: str,
+    quantize: str | None,
     device: str | None,
     template: str | None,
     max_new_tokens: int,
@@ -43,7 +44,7 @@ def chat(
     from prefixtune.generate import sampling
 
     settings = sampling(temperature=temperature, top_p=top_p) | {"max_new_tokens": max_new_tokens}
-    loaded = load(model, prefix_folder, dtype=dtype, device=device)
+    loaded = load(model, prefix_folder, dtype=dtype, device=device, quantize=quantize)
     session = Session(loaded, template=template, settings=settings, seed=seed)
     say(f"{session.describe()}; /help lists the commands")
     for line in lines():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.output import say
+from prefixtune.config import SCHEMES
 from prefixtune.errors import ConfigError, ModelError
 
 __all__ = ["Loaded", "load", "with_prefix"]
@@ -27,11 +28,16 @@ class Loaded:
     template: str | None = None
 
 
-def load(model: str | None, prefix: Path | None, *, dtype: str, device: str | None) -> Loaded:
+def load(
+    model: str | None, prefix: Path | None, *, dtype: str, device: str | None, quantize: str | None
+) -> Loaded:
     """The model with the prefix, or bare. Without `model`, the base that the prefix folder names.
 
+    Args:
+        quantize: "none" or a scheme; as the prefix was trained unless given.
+
     Raises:
-        ConfigError: neither a model nor a prefix is given.
+        ConfigError: neither a model nor a prefix is given, or the scheme does not work here.
         ModelError: the model cannot be loaded, or has no tokenizer.
         StorageError: the prefix folder cannot be used.
     """
@@ -41,8 +47,11 @@ def load(model: str | None, prefix: Path | None, *, dtype: str, device: str | No
         if prefix is None:
             raise ConfigError("neither --model nor --prefix is given", hint="for example --model demo")
         model = _base_name(prefix)
+    if quantize is None and prefix is not None:
+        quantize = _trained_scheme(prefix)
+    scheme = None if quantize == "none" else quantize
     try:
-        base = load_base(model, dtype=dtype, device=device)
+        base = load_base(model, dtype=dtype, device=device, quantize=scheme)
     except ModelError as error:
         if prefix is None or model != _base_name(prefix):
             raise
@@ -64,6 +73,21 @@ def with_prefix(loaded: Loaded, folder: Path) -> Loaded:
     info = read_info(folder)
     model = PrefixModel.from_pretrained(loaded.base, folder)
     return replace(loaded, model=model, name=folder.resolve().name, template=info.get("template"))
+
+
+def _trained_scheme(folder: Path) -> str | None:
+    """How the prefix's base was quantised, where load_base can do that; said, because nobody asked for it."""
+    from prefixtune.storage import read_info
+
+    told = read_info(folder)["quantization"]
+    if told is None:
+        return None
+    scheme = told.get("scheme") if isinstance(told, dict) else told
+    if scheme in SCHEMES:
+        say(f"{folder}: trained on a base in {scheme}, so it is loaded so (--quantize none does not)")
+        return str(scheme)
+    say(f"{folder}: trained on a base in {scheme}, which is not offered: it is loaded in full precision")
+    return None
 
 
 def _base_name(folder: Path) -> str:

@@ -38,6 +38,7 @@ def evaluate(
     model: str | None,
     prefix_folder: Path | None,
     dtype: str,
+    quantize: str | None,
     device: str | None,
     data: str,
     rows: int,
@@ -62,7 +63,7 @@ def evaluate(
     from prefixtune.cli.engine import load
     from prefixtune.data import load_rows, parse_fields
 
-    loaded = load(model, prefix_folder, dtype=dtype, device=device)
+    loaded = load(model, prefix_folder, dtype=dtype, device=device, quantize=quantize)
     stored = {"template": loaded.template} if loaded.template else {}
     config = DataConfig(**{**stored, **data_options})
     read = load_rows(data, fields=parse_fields(config.fields), split=config.split, limit=config.limit)

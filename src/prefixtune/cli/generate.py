@@ -40,6 +40,7 @@ def generate(
     model: str | None,
     prefix_folder: Path | None,
     dtype: str,
+    quantize: str | None,
     device: str | None,
     prompts: Sequence[str],
     data: str | None,
@@ -61,7 +62,7 @@ def generate(
     from prefixtune.data import build_prompts, load_rows, parse_fields
     from prefixtune.generate import generate_batch, prompt_row, without_target
 
-    loaded = load(model, prefix_folder, dtype=dtype, device=device)
+    loaded = load(model, prefix_folder, dtype=dtype, device=device, quantize=quantize)
     stored = {"template": loaded.template} if loaded.template else {}
     config = DataConfig(**{**stored, **data_options})
     if data is None:

@@ -160,6 +160,14 @@ def _print_info(info: dict[str, Any]) -> None:
         f"template {info['template']}\n"
         f"KV: {info['kv_numbers']:,} numbers\nprefix file: {info['prefix_file_bytes']:,} bytes"
     )
+    if info["quantization"] is not None:
+        click.echo(f"trained on a base in {_told(info['quantization'])}")
     for name, value in (info["training"] or {}).items():
         if value is not None:
             click.echo(f"{name}: {f'{value:,}' if isinstance(value, int) else value}")
+
+
+def _told(quantization: dict[str, Any] | str) -> str:
+    if isinstance(quantization, str):
+        return quantization
+    return f"{quantization.get('scheme')} ({quantization.get('library')} {quantization.get('version')})"

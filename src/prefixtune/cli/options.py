@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
+from prefixtune.config import SCHEMES, DataConfig, PrefixConfig, TrainConfig
 from prefixtune.errors import ConfigError
 
 __all__ = ["Knob", "config_options", "json_option", "model_options"]
@@ -99,12 +99,17 @@ def json_option(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """--prefix, --dtype and --device: what to run beside --model, and how."""
+    """--prefix, --dtype, --quantize and --device: what to run beside --model, and how."""
     folder = click.Path(path_type=Path)
     choices = click.Choice(["auto", "float32", "bfloat16"])
     for option in (
         click.option(
             "--device", help="torch device, e.g. cpu or cuda:1; CUDA where there is some by default"
+        ),
+        click.option(
+            "--quantize",
+            type=click.Choice(["none", *SCHEMES]),
+            help="the base's linear weights in 8 or 4 bits  [default: as the prefix was trained]",
         ),
         click.option(
             "--dtype", type=choices, default="auto", show_default=True, help="precision of the base"

@@ -213,6 +213,10 @@ def _same_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
 def _other_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
     if setup.dtype == torch.float32:
         yield "--dtype bfloat16", {"dtype": torch.bfloat16}
+    if setup.quantize is None:
+        yield "--quantize int8", {"quantize": "int8"}
+    if setup.quantize != "nf4":
+        yield "--quantize nf4", {"quantize": "nf4"}
     if setup.longest > SHORTEST:
         half = setup.longest // 2
         values = _in_passes_of(half, setup) | {"longest": half}

@@ -15,6 +15,7 @@ from prefixtune.loss import Passes, RowTokens
 from prefixtune.memory.tracker import LiveBytes, fake_copy_in_place
 from prefixtune.model import PrefixModel
 from prefixtune.prefix import LayerKV, Prefix, PrefixKV
+from prefixtune.quantize import saved_bytes
 
 __all__ = ["Setup", "StepBytes", "measure_step", "rows_of", "training_step", "without_weights"]
 
@@ -34,6 +35,7 @@ class Setup:
         checkpointing: activations are recomputed in the backward pass.
         dtype: of the frozen base; the prefix is float32.
         device: where it runs.
+        quantize: the scheme that the base's linear weights are held in.
         eval_lengths: the same of an evaluation's largest pass; empty without one.
     """
 
@@ -47,6 +49,7 @@ class Setup:
     checkpointing: bool = False
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    quantize: str | None = None
     eval_lengths: tuple[int, ...] = ()
 
     @property
@@ -135,6 +138,9 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
             with torch.no_grad():
                 evaluation_step(model, setup)
     beyond = tracker.peak - weights - prefix - state - gradients
+    if setup.quantize is not None:
+        saved, unpacked = saved_bytes(base, setup.quantize, setup.dtype)
+        weights, beyond = weights - saved, beyond + 2 * unpacked  # a layer is unpacked in two steps
     logits = min(beyond, tracker.peak_of["logits"])
     return StepBytes(
         weights=weights,

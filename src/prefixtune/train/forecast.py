@@ -57,6 +57,7 @@ def setup_of(
         longest=longest,
         row_tokens=sum(lengths) / len(lengths),
         checkpointing=config.gradient_checkpointing,
+        quantize=config.quantize,
         dtype=dtype,
         device=device,
         eval_lengths=_largest_pass(eval_lengths, capacity, len(eval_lengths), packing=packing),

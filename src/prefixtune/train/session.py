@@ -135,7 +135,7 @@ def train(
     else:
         resolved = _resolve(config, prefix_config, base, examples)
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
-    prefix_model.record = {"template": data_config.template, "training": None, "quantization": None}
+    prefix_model.record |= {"template": data_config.template, "training": None}
     rows, pad = (examples, eval_examples), ending(base.model, base.tokenizer)["pad_token_id"]
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, pad_token_id=pad)
     kind, place = base.model.dtype, str(base.model.device)
@@ -292,7 +292,7 @@ def _load(
     eval_rows = (
         load_rows(eval_data, fields=fields, split=data_config.split) if eval_data is not None else None
     )
-    base = load_base(model, dtype=began["dtype"] if began else config.dtype)
+    base = load_base(model, dtype=began["dtype"] if began else config.dtype, quantize=config.quantize)
     if base.tokenizer is None:
         raise DataError(
             f"{model} has no tokenizer, so rows of text cannot be read", hint="save one in its folder"
@@ -364,6 +364,7 @@ def _record(
         "resolved": resolved,
         "prefix": prefix.to_dict(),
         "dtype": dtype,
+        "quantization": base.quantization,
     }
 
 
