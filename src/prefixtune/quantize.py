@@ -196,7 +196,7 @@ def quantization(base: nn.Module) -> dict[str, Any] | None:
 
 
 def saved_bytes(base: nn.Module, scheme: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that `scheme` takes off the weights of `base` in `dtype`, and those of the largest layer unpacked.
+    """Bytes that `scheme` takes off the weights of `base` in `dtype`; bytes of the largest layer unpacked.
 
     Without weights, so that memory can be predicted: `base` may be on the meta device.
     """

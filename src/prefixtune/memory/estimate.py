@@ -14,6 +14,7 @@ from torch import nn
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.memory.step import Setup, StepBytes, measure_step
 from prefixtune.memory.stored import loading_bytes
+from prefixtune.quantize import saved_bytes
 
 __all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable"]
 
@@ -147,7 +148,10 @@ def estimate(
     """
     step = measure_step(base, setup)
     on_cpu = torch.device(setup.device).type == "cpu"
-    reading = baseline + loading_bytes(files, step.weights, setup.dtype) if on_cpu else step.weights
+    weights = step.weights
+    if setup.quantize is not None:  # which is done layer by layer, when all are loaded
+        weights += saved_bytes(base, setup.quantize, setup.dtype)[0]
+    reading = baseline + loading_bytes(files, weights, setup.dtype) if on_cpu else weights
     passing = step.activations + step.logits + step.gradients
     found = Estimate(
         setup=setup,
