@@ -176,7 +176,8 @@ def test_killed_run_resumed_reports_what_the_whole_run_reports(place: Path, copi
     whole, cut, more = copied
     succeed(*options(place, cut, *more, "--resume"))
     first, second = training_record(whole), training_record(cut)
-    assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
+    own = {"train_seconds": 0, "peak_bytes": 0, "estimated_peak_bytes": 0}  # of the process, not of the run
+    assert {**first, **own} == {**second, **own}
 
 
 def test_metrics_of_a_resumed_run_tell_each_step_once(place: Path, copied: Any) -> None:
@@ -522,7 +523,7 @@ def spoilt(place: Path) -> Path:
     lines = (place / "eval.jsonl").read_text().replace("yes", "yet")
     (place / "other.jsonl").write_text(lines)
     more = ["--length", 8, "--max-steps", 40, "--eval-steps", 4, "--eval-data", place / "other.jsonl"]
-    more += ["--learning-rate", 1]
+    more += ["--learning-rate", 0.3, "--lr-scheduler-type", "constant"]
     succeed(*options(place, place / "spoilt", *more, evaluates=False))
     return place / "spoilt"
 
@@ -702,6 +703,9 @@ def test_summary_says_the_same_numbers(place: Path, tmp_path: Path) -> None:
     assert f"{record['trainable_parameters']:,} trainable parameters" in text
 
 
+EVERY_LOSS = ["--length", 4, "--max-steps", 6, "--logging-steps", 1]
+
+
 # --- passes ------------------------------------------------------------------------------------------------
 
 
@@ -712,17 +716,17 @@ def test_packing_length_below_a_row_names_the_row_and_nothing_is_written(place: 
     assert not (tmp_path / "run").exists()
 
 
-def test_packed_grouped_and_checkpointed_runs_learn_the_same(place: Path, tmp_path: Path) -> None:
+def test_packed_short_and_checkpointed_runs_learn_the_same(place: Path, tmp_path: Path) -> None:
     """Rows, order and steps are the same; only how they run through the model differs."""
     ways = {"packed": [], "short": ["--packing-length", 60], "checkpointed": ["--gradient-checkpointing"]}
     found = {}
     for name, more in ways.items():
-        told = succeed(*options(place, tmp_path / name, "--length", 4, "--max-steps", 6, *more)).stderr
+        told = succeed(*options(place, tmp_path / name, *EVERY_LOSS, *more)).stderr
         assert "rows are packed" in told
-        found[name] = load_file(tmp_path / name / "prefix.safetensors")
-    for name, tensors in found.items():
-        for key, tensor in tensors.items():
-            assert (tensor - found["packed"][key]).norm() <= 0.01 * tensor.norm(), (name, key)  # Adam: signs
+        found[name] = logged(tmp_path / name, "loss")
+    for losses in found.values():
+        assert len(losses) == 6
+        assert losses == [(step, pytest.approx(loss, rel=2e-3)) for step, loss in found["packed"]]
 
 
 def test_rows_that_cannot_be_packed_are_told(place: Path, tmp_path: Path) -> None:
@@ -734,13 +738,11 @@ def test_rows_that_cannot_be_packed_are_told(place: Path, tmp_path: Path) -> Non
 
 
 def test_compiled_layers_learn_what_plain_ones_do(place: Path, tmp_path: Path) -> None:
-    run = ["--length", 4, "--max-steps", 3]
     found = []
     for name, more in (("plain", []), ("compiled", ["--compile"])):
-        succeed(*options(place, tmp_path / name, *run, *more, evaluates=False))
-        found.append(load_file(tmp_path / name / "prefix.safetensors"))
-    for key, tensor in found[0].items():
-        assert (tensor - found[1][key]).norm() <= 0.01 * tensor.norm(), key
+        succeed(*options(place, tmp_path / name, *EVERY_LOSS, *more, evaluates=False))
+        found.append(logged(tmp_path / name, "loss"))
+    assert found[1] == [(step, pytest.approx(loss, rel=2e-3)) for step, loss in found[0]]
 
 
 def test_compiling_without_a_compiler_is_told_before_the_run(
