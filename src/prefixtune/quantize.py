@@ -150,6 +150,8 @@ def quantize_base(base: nn.Module, scheme: str) -> nn.Module:
             made[id(layer)] = QuantizedLinear(weight, layer.bias, scheme).train(layer.training)
         base.set_submodule(name, made[id(layer)])
         del layer
+    for kept in base.parameters():  # a view of the checkpoint would hold the whole file mapped
+        kept.data = kept.data.clone()
     _return_freed_memory()
     return base
 
