@@ -148,7 +148,10 @@ def estimate(
     """
     step = measure_step(base, setup)
     on_cpu = torch.device(setup.device).type == "cpu"
-    reading = baseline + loading_bytes(files, step.weights, setup.dtype) if on_cpu else step.weights
+    reading = step.weights
+    if on_cpu:
+        largest = max(parameter.numel() for parameter in base.parameters())
+        reading = baseline + loading_bytes(files, step.weights, setup.dtype, largest=largest)
     passing = step.activations + step.logits + step.gradients
     found = Estimate(
         setup=setup,
