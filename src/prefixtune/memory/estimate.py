@@ -151,7 +151,10 @@ def estimate(
     weights = step.weights
     if setup.quantize is not None:  # which is done layer by layer, when all are loaded
         weights += saved_bytes(base, setup.quantize, setup.dtype)[0]
-    reading = baseline + loading_bytes(files, weights, setup.dtype) if on_cpu else weights
+    reading = weights
+    if on_cpu:
+        largest = max(parameter.numel() for parameter in base.parameters())
+        reading = baseline + loading_bytes(files, weights, setup.dtype, largest=largest)
     passing = step.activations + step.logits + step.gradients
     found = Estimate(
         setup=setup,
