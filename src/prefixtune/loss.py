@@ -24,7 +24,8 @@ __all__ = ["PASS_TOKENS", "Passes", "RowTokens", "chunked_cross_entropy", "group
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
-CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
+STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
+CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
 SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 IGNORED = -100
@@ -138,6 +139,7 @@ class Passes:
         rows = [RowTokens(row.input_ids.to(device), row.labels) for row in rows]
         with torch.autocast(device.type, enabled=False):
             if self.packing:
+                rows = _filled_up(rows)
                 with packed(self.base, pairs, [len(row.input_ids) for row in rows]) as hidden_of:
                     hidden = hidden_of(torch.cat([row.input_ids for row in rows])[None])  # [T, d]
                     yield chunked_cross_entropy(hidden, _shifted(rows), head_of(self.base))
@@ -174,7 +176,9 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor
         A scalar of float32 (float64 for a float64 model), in nats.
     """
     chosen = (labels != IGNORED).nonzero().flatten()  # on the host, where the labels are: a GPU need not wait
-    targets = labels[chosen].to(hidden.device)
+    spare = -len(chosen) % STEP
+    targets = F.pad(labels[chosen], (0, spare), value=IGNORED).to(hidden.device)
+    chosen = F.pad(chosen, (0, spare))
     wanted = hidden.index_select(0, chosen.to(hidden.device))
     loss: Tensor = _ChunkedCrossEntropy.apply(wanted, targets, head)  # type: ignore[no-untyped-call]
     return loss
@@ -186,7 +190,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        size, first = 1, 0  # one token tells how large the vocabulary is
+        size, first = STEP, 0  # the first tells how large the vocabulary is
         while first < len(labels):
             piece = hidden[first : first + size].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
@@ -195,7 +199,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += nats
             if gradient is not None:
                 (gradient[first : first + size],) = torch.autograd.grad(logits, piece, by_logits)
-            first, size = first + size, max(1, CHUNK_NUMBERS // logits.shape[1])
+            first, size = first + size, max(STEP, CHUNK_NUMBERS // logits.shape[1] // STEP * STEP)
             del logits
         ctx.save_for_backward(gradient)
         return total
@@ -213,13 +217,21 @@ def _cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[T
     size = max(1, SOFTMAX_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for first in range(0, len(logits), size):
         rows = slice(first, first + size)
-        wide, picked = _wide(logits[rows]), labels[rows, None]
-        log_likelihood = torch.log_softmax(wide, dim=1)
-        total -= log_likelihood.gather(1, picked).sum()
+        counts, picked = (labels[rows, None] != IGNORED), labels[rows, None].clamp_min(0)
+        log_likelihood = torch.log_softmax(_wide(logits[rows]), dim=1)
+        total -= (log_likelihood.gather(1, picked) * counts).sum()
         if by_logits is not None:
             softmax = log_likelihood.exp_()
-            by_logits[rows] = softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
+            softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
+            by_logits[rows] = softmax.mul_(counts)
     return total, by_logits
+
+
+def _filled_up(rows: list[RowTokens]) -> list[RowTokens]:
+    """The rows, and a last one without targets that makes their tokens a multiple of STEP."""
+    spare = -sum(len(row.input_ids) for row in rows) % STEP
+    ids = rows[0].input_ids[:1].expand(spare)
+    return [*rows, RowTokens(ids, torch.full((spare,), IGNORED))] if spare else rows
 
 
 def _shifted(rows: Sequence[RowTokens]) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 __all__ = ["Layout", "attend_documents"]
 
+STEP = 32  # sizes are multiples of it: oneDNN keeps a kernel for each size that it meets
 TILE = 128  # queries: below it matmuls get slow, above it too much of the future is computed
 
 
@@ -66,13 +67,15 @@ class Layout:
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         tokens, begins = sum(self.lengths), list(accumulate(self.lengths, initial=0))
-        size = -(-tokens // -(-tokens // TILE))  # tiles of nearly equal size
+        size = -(-tokens // -(-tokens // TILE))  # tiles of nearly equal size, of few sizes
+        size = -(-size // STEP) * STEP
         found, key = [], 0
         for first in range(0, tokens, size):
             last = min(tokens, first + size)
             lowest = begins[int(self.document[first])]
             if self.window is not None:
                 lowest = max(lowest, first - self.window + 1)
+            lowest -= lowest % STEP
             end = key + self.prefix + last - lowest
             found.append(Tile(first, last, lowest, key, end))
             key = end
