@@ -25,7 +25,7 @@ PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
 STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
-CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
+CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
 SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 IGNORED = -100
@@ -190,17 +190,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        size, first = STEP, 0  # the first tells how large the vocabulary is
-        while first < len(labels):
+        vocabulary = head(hidden[:0].detach()).shape[1]
+        chunks = max(1, -(-len(labels) * vocabulary // CHUNK_NUMBERS))
+        size = max(1, -(-len(labels) // (chunks * STEP))) * STEP  # equal chunks, of few sizes
+        for first in range(0, len(labels), size):
             piece = hidden[first : first + size].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head(piece)  # [s, V]
-            nats, by_logits = _cross_entropy(logits.detach(), labels[first : first + size], gradient=wanted)
-            total += nats
+            by_logits = logits.detach()  # in place of them
+            if hasattr(logits.grad_fn, "_saved_result"):  # the head's last step needs what it gave
+                by_logits = by_logits.clone()
+            total += _cross_entropy_(by_logits, labels[first : first + size], gradient=wanted)
             if gradient is not None:
                 (gradient[first : first + size],) = torch.autograd.grad(logits, piece, by_logits)
-            first, size = first + size, max(STEP, CHUNK_NUMBERS // logits.shape[1] // STEP * STEP)
-            del logits
+            del logits, by_logits
         ctx.save_for_backward(gradient)
         return total
 
@@ -210,21 +213,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * by_loss.to(gradient.dtype), None, None
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed nats of [s, V] logits, and softmax minus one-hot in the logits' precision; float32 within."""
-    by_logits = torch.empty_like(logits) if gradient else None
+def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """Summed nats of [s, V] logits; softmax minus one-hot takes their place. float32 within."""
     total = torch.zeros((), dtype=_wide(logits[:0]).dtype, device=logits.device)
     size = max(1, SOFTMAX_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for first in range(0, len(logits), size):
-        rows = slice(first, first + size)
-        counts, picked = (labels[rows, None] != IGNORED), labels[rows, None].clamp_min(0)
-        log_likelihood = torch.log_softmax(_wide(logits[rows]), dim=1)
-        total -= (log_likelihood.gather(1, picked) * counts).sum()
-        if by_logits is not None:
-            softmax = log_likelihood.exp_()
-            softmax.scatter_add_(1, picked, softmax.new_full(picked.shape, -1.0))
-            by_logits[rows] = softmax.mul_(counts)
-    return total, by_logits
+        part, picked = logits[first : first + size], labels[first : first + size, None]
+        counts, picked = picked != IGNORED, picked.clamp_min(0)
+        numbers = part.to(total.dtype, copy=True)
+        numbers -= numbers.amax(dim=1, keepdim=True)
+        of_target = numbers.gather(1, picked)
+        sums = numbers.exp_().sum(dim=1, keepdim=True)
+        total += ((sums.log() - of_target) * counts).sum()
+        if gradient:
+            by_target = (numbers.gather(1, picked) / sums - 1) * counts  # in bfloat16 0.999 - 1 would be 0
+            torch.mul(numbers, counts / sums, out=part)
+            part.scatter_(1, picked, by_target.to(part.dtype))
+    return total
 
 
 def _filled_up(rows: list[RowTokens]) -> list[RowTokens]:

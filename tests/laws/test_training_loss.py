@@ -165,6 +165,19 @@ def test_chunked_cross_entropy_equals_that_of_whole_logits(cap):
         assert chunked_cross_entropy(hidden, labels, head).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
+def test_gradient_of_targets_that_the_model_is_sure_of_keeps_its_size_in_bfloat16():
+    logits = torch.full((64, 50), -8.0)
+    labels = torch.arange(64) % 50
+    logits[torch.arange(64), labels] = torch.linspace(0, 3, 64)  # probabilities from 0.98 to 0.9992
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(dtype, copy=True).requires_grad_()
+        chunked_cross_entropy(given, labels, lambda rows: rows * 1.0).backward()
+        found.append(given.grad.float()[torch.arange(64), labels])
+    expected, got = found
+    torch.testing.assert_close(got, expected, rtol=0.1, atol=0)
+
+
 def test_head_gets_target_tokens_only_and_never_more_than_a_chunk():
     seen = []
 

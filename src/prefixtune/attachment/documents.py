@@ -1,18 +1,20 @@
 """Attention of the documents of a pack to a shared prefix and to themselves.
 
-On a CPU it is done in tiles: up to 128 queries, and of the keys only those from the start of the tile's first
-document on. So little is computed that a mask would hide, and the number of operations grows with the tokens
-of a pack, not with its documents. On a GPU one fused kernel with a mask is faster than many small ones.
-Scores and softmax are float32 whatever the model's precision: in bfloat16 the gradient would be visibly off.
+On a CPU it is done in tiles: 64 queries, and of the keys only those from the start of the tile's first
+document on. Tiles with about as many keys share one batched matmul, so that the number of operations grows
+with the tokens of a pack, not with its documents, and little is computed that a mask would hide. On a GPU one
+fused kernel with a mask is faster than many small ones. Scores and softmax are float32 whatever the model's
+precision: in bfloat16 the gradient would be visibly off.
 
-Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim, N = the keys of all tiles, each
-with its copy of the prefix: [P; keys of tile 1; P; keys of tile 2; ...]. Queries that share a kv head lie
-together: [K, T*G, D].
+Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim; of a batch of tiles: n tiles, S
+queries and W keys of each, the prefix among them. Queries that share a kv head lie together: [n*K, S*G, D].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -24,18 +26,37 @@ from torch.nn import functional as F
 __all__ = ["Layout", "attend_documents"]
 
 STEP = 32  # sizes are multiples of it: oneDNN keeps a kernel for each size that it meets
-TILE = 128  # queries: below it matmuls get slow, above it too much of the future is computed
+TILE = 64  # queries: below it matmuls get slow, above it too much of the future is computed
+SIMILAR = 0.7  # tiles share a matmul while the shortest has this share of the longest's keys
+SCORES = 2**19  # of a matmul, at most, where it has more than one tile: what a core's caches hold
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries `first` to `last` of the pack, and the keys from `lowest` on: `start` to `end` of N."""
+    """Queries `first` to `last` of the pack, and the keys from `lowest` to `last`."""
 
     first: int
     last: int
     lowest: int
-    start: int
-    end: int
+
+    @property
+    def keys(self) -> int:
+        return self.last - self.lowest
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tiles that are attended at once.
+
+    Attributes:
+        queries: [n*K*S] where each query is in the rows [T*K, G*D].
+        keys: [n*K*W] where each key is in the rows [(P+T)*K, D]; the first where a tile has fewer.
+        mask: [n*K, S*G, W] float32, 0 where a query sees a key, -inf elsewhere.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,7 @@ class Layout:
     prefix: int
     window: int | None
     device: torch.device
+    _batches: dict[tuple[int, int], list[Batch]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def document(self) -> Tensor:
@@ -66,43 +88,55 @@ class Layout:
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
-        tokens, begins = sum(self.lengths), list(accumulate(self.lengths, initial=0))
-        size = -(-tokens // -(-tokens // TILE))  # tiles of nearly equal size, of few sizes
-        size = -(-size // STEP) * STEP
-        found, key = [], 0
-        for first in range(0, tokens, size):
-            last = min(tokens, first + size)
-            lowest = begins[int(self.document[first])]
+        begins = list(accumulate(self.lengths, initial=0))
+        found = []
+        for first in range(0, begins[-1], TILE):
+            lowest = begins[bisect_right(begins, first) - 1]
             if self.window is not None:
                 lowest = max(lowest, first - self.window + 1)
-            lowest -= lowest % STEP
-            end = key + self.prefix + last - lowest
-            found.append(Tile(first, last, lowest, key, end))
-            key = end
+            found.append(Tile(first, min(begins[-1], first + TILE), lowest))
         return tuple(found)
 
-    @cached_property
-    def gather(self) -> Tensor:
-        """[N] where each key is in [prefix; pack]."""
-        front = torch.arange(self.prefix)
-        parts = [(front, torch.arange(self.prefix + t.lowest, self.prefix + t.last)) for t in self.tiles]
-        return torch.cat([part for pair in parts for part in pair]).to(self.device)
-
-    def masks(self, groups: int) -> list[Tensor]:
-        """For each tile [queries*G, keys] in float32: 0 where a query sees a key, -inf elsewhere."""
-        if groups not in self._masks:
-            self._masks[groups] = [
-                torch.zeros(seen.shape)
-                .masked_fill_(~seen, float("-inf"))
-                .repeat_interleave(groups, 0)
-                .to(self.device)
-                for seen in (self._seen(tile.first, tile.last, tile.lowest) for tile in self.tiles)
+    def batches(self, heads: int, kv_heads: int) -> list[Batch]:
+        """The tiles in batches, the longest first; made once for each shape of attention."""
+        if (heads, kv_heads) not in self._batches:
+            self._batches[heads, kv_heads] = [
+                self._batch(tiles, kv_heads, heads // kv_heads) for tiles in self._alike(heads)
             ]
-        return self._masks[groups]
+        return self._batches[heads, kv_heads]
 
-    @cached_property
-    def _masks(self) -> dict[int, list[Tensor]]:
-        return {}
+    def _alike(self, heads: int) -> list[list[Tile]]:
+        found: list[list[Tile]] = []
+        for tile in sorted(self.tiles, key=lambda tile: (tile.first - tile.last, -tile.keys)):
+            if found:
+                longest = found[-1][0]
+                alike = tile.last - tile.first == longest.last - longest.first
+                similar = tile.keys >= SIMILAR * longest.keys
+                scores = (len(found[-1]) + 1) * heads * TILE * (self.prefix + longest.keys)
+                if alike and similar and scores <= SCORES:
+                    found[-1].append(tile)
+                    continue
+            found.append([tile])
+        return found
+
+    def _batch(self, tiles: Sequence[Tile], kv_heads: int, groups: int) -> Batch:
+        width = self.prefix + max(tile.keys for tile in tiles)
+        width = -(-width // STEP) * STEP
+        front, head = torch.arange(self.prefix), torch.arange(kv_heads)
+        keys, seen = [], []
+        for tile in tiles:
+            spare = width - self.prefix - tile.keys
+            text = torch.arange(self.prefix + tile.lowest, self.prefix + tile.last)
+            keys.append(F.pad(torch.cat([front, text]), (0, spare)))
+            seen.append(F.pad(self._seen(tile.first, tile.last, tile.lowest), (0, spare)))
+        queries = torch.stack([torch.arange(tile.first, tile.last) for tile in tiles])
+        hidden = ~torch.stack(seen).repeat_interleave(groups, 1)  # [n, S*G, W]
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return Batch(
+            (queries[:, None] * kv_heads + head[:, None]).flatten().to(self.device),
+            (torch.stack(keys)[:, None] * kv_heads + head[:, None]).flatten().to(self.device),
+            mask.repeat_interleave(kv_heads, 0).to(self.device),
+        )
 
     def whole(self) -> Tensor:
         """[T, P+T] bool: what each token sees of [prefix; pack]."""
@@ -147,21 +181,28 @@ def attend_documents(
     if plain and dropout == 0.0:
         out: Tensor = _Documents.apply(query, key, value, *prefix, layout, scale)  # type: ignore[no-untyped-call]
         return out
-    groups, by_group = len(query) // len(key), _by_group(query, len(key))
-    key, value = _with_prefix(key, prefix[0], layout), _with_prefix(value, prefix[1], layout)  # [K, N, D]
-    parts = []
-    for tile, mask in zip(layout.tiles, layout.masks(groups), strict=True):
-        rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
-        scores = _wide(by_group[:, rows]) @ _wide(key[:, seen]).transpose(1, 2) * scale  # [K, t*G, keys]
+    queries, keys, values = _rows(query, len(key)), _joined(key, prefix[0]), _joined(value, prefix[1])
+    heads, tokens, dim = query.shape
+    batches, parts = layout.batches(heads, len(key)), []
+    for batch in batches:
+        shape, groups = batch.mask.shape, heads // len(key)
+        scores = _wide(_take(queries, batch.queries, (*shape[:2], dim))) @ _wide(
+            _take(keys, batch.keys, (shape[0], shape[2], dim))
+        ).transpose(1, 2)
+        scores = scores * scale  # [n*K, S*G, W]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores + mask.to(scores.dtype)
+        scores = scores + batch.mask.to(scores.dtype)
         if sinks is not None:
-            sink = sinks.to(scores).view(len(key), 1, groups).expand(-1, tile.last - tile.first, -1)
-            scores = torch.cat([scores, sink.reshape(len(key), -1, 1)], dim=2)
-        weights = torch.softmax(scores, dim=2)[..., : tile.end - tile.start].to(query.dtype)
-        parts.append(F.dropout(weights, dropout) @ value[:, seen])
-    return _by_token(torch.cat(parts, dim=1), groups)
+            of_row = sinks.to(scores).view(1, len(key), 1, groups)
+            of_row = of_row.expand(shape[0] // len(key), -1, shape[1] // groups, -1)
+            scores = torch.cat([scores, of_row.reshape(*shape[:2], 1)], dim=2)
+        weights = torch.softmax(scores, dim=2)[..., : shape[2]].to(query.dtype)
+        found = F.dropout(weights, dropout) @ _take(values, batch.keys, (shape[0], shape[2], value.shape[2]))
+        parts.append(found.reshape(len(batch.queries), -1))
+    order = torch.cat([batch.queries for batch in batches])
+    rows = torch.cat(parts)
+    return torch.zeros_like(rows).index_copy(0, order, rows).view(tokens, heads, -1)
 
 
 def _attend_at_once(
@@ -182,21 +223,19 @@ def _attend_at_once(
     )[0].transpose(0, 1)
 
 
-def _with_prefix(text: Tensor, prefix: Tensor, layout: Layout) -> Tensor:
-    """[K, T, D] and [K, P, D] to [K, N, D]: the prefix before each document."""
-    return torch.cat([prefix.to(text), text], dim=1).index_select(1, layout.gather)
+def _rows(query: Tensor, kv_heads: int) -> Tensor:
+    """[H, T, D] to [T*K, G*D]: no copy where a model's projection lies behind it."""
+    heads, tokens, dim = query.shape
+    return query.transpose(0, 1).reshape(tokens * kv_heads, heads // kv_heads * dim)
 
 
-def _by_group(rows: Tensor, kv_heads: int) -> Tensor:
-    """[H, T, D] to [K, T*G, D]."""
-    heads, tokens, dim = rows.shape
-    return rows.reshape(kv_heads, heads // kv_heads, tokens, dim).transpose(1, 2).reshape(kv_heads, -1, dim)
+def _joined(text: Tensor, prefix: Tensor) -> Tensor:
+    """[K, T, D] and [K, P, D] to [(P+T)*K, D]."""
+    return torch.cat([prefix.to(text).transpose(0, 1), text.transpose(0, 1)]).flatten(0, 1)
 
 
-def _by_token(rows: Tensor, groups: int) -> Tensor:
-    """[K, T*G, D] to [T, H, D]."""
-    kv_heads, _, dim = rows.shape
-    return rows.reshape(kv_heads, -1, groups, dim).transpose(0, 1).reshape(-1, kv_heads * groups, dim)
+def _take(rows: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return rows.index_select(0, index).view(shape)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -204,7 +243,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Documents(torch.autograd.Function):
-    """The plain case by hand: keeps the weights of each tile in the model's precision, and no scores."""
+    """The plain case by hand: keeps the weights of each batch in the model's precision, and no scores."""
 
     @staticmethod
     def forward(
@@ -217,55 +256,55 @@ class _Documents(torch.autograd.Function):
         layout: Layout,
         scale: float,
     ) -> Tensor:
-        groups = len(query) // len(key)
-        ctx.layout, ctx.scale, ctx.groups = layout, scale, groups
-        ctx.prefix_dtypes = prefix_key.dtype, prefix_value.dtype
-        query = _by_group(query, len(key))  # [K, T*G, D]
-        key, value = _with_prefix(key, prefix_key, layout), _with_prefix(value, prefix_value, layout)
-        wide_query, wide_key = _wide(query), _wide(key).transpose(1, 2)
-        parts, kept = [], []
-        for tile, mask in zip(layout.tiles, layout.masks(groups), strict=True):
-            rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
-            mask = mask.to(wide_query.dtype)
-            scores = torch.baddbmm(mask, wide_query[:, rows], wide_key[:, :, seen], alpha=scale)
-            weights = torch.softmax(scores, dim=2).to(query.dtype)  # [K, t*G, keys]
-            parts.append(weights @ value[:, seen])
-            kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
-        return _by_token(torch.cat(parts, dim=1), groups)
+        (heads, tokens, dim), kv_heads = query.shape, len(key)
+        ctx.batches, ctx.scale, ctx.kv_heads, ctx.dim = layout.batches(heads, kv_heads), scale, kv_heads, dim
+        ctx.prefix = prefix_key.shape[1], prefix_key.dtype, prefix_value.dtype
+        queries = _rows(query, kv_heads)
+        keys, values = _joined(key, prefix_key), _joined(value, prefix_value)
+        out = value.new_empty(tokens * kv_heads, heads // kv_heads * value.shape[2])
+        kept = []
+        for batch in ctx.batches:
+            many, rows, width = batch.mask.shape
+            q = _take(queries, batch.queries, (many, rows, dim))
+            k = _take(keys, batch.keys, (many, width, dim))
+            v = _take(values, batch.keys, (many, width, value.shape[2]))
+            wide = _wide(q)
+            scores = torch.baddbmm(batch.mask.to(wide.dtype), wide, _wide(k).transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, dim=2).to(query.dtype)  # [n*K, S*G, W]
+            out.index_copy_(0, batch.queries, (weights @ v).view(-1, out.shape[1]))
+            kept += [q, k, v, weights]
+        ctx.save_for_backward(*kept)
+        return out.view(tokens, heads, -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        query, key, value, *kept = ctx.saved_tensors
-        layout, groups = ctx.layout, ctx.groups
-        gradient = _by_group(gradient.transpose(0, 1), len(key))  # [K, T*G, Dv]
-        values = value.transpose(1, 2)
-        of_query, of_key, of_value = [], [], []
-        for tile, weights in zip(layout.tiles, kept, strict=True):
-            rows, seen = slice(tile.first * groups, tile.last * groups), slice(tile.start, tile.end)
-            of_value.append(weights.transpose(1, 2) @ gradient[:, rows])
-            of_weights = gradient[:, rows] @ values[:, :, seen]
+        (tokens, heads, value_dim), kept = gradient.shape, iter(ctx.saved_tensors)
+        (length, key_dtype, value_dtype), kv_heads, dim = ctx.prefix, ctx.kv_heads, ctx.dim
+        gradients = gradient.reshape(tokens * kv_heads, -1)  # [T*K, G*Dv]
+        sums = _wide(gradients[:0])  # over the tiles that a key is in: float32
+        of_key = sums.new_zeros((length + tokens) * kv_heads, dim)
+        of_value = sums.new_zeros((length + tokens) * kv_heads, value_dim)
+        of_query = gradients.new_empty(tokens * kv_heads, heads // kv_heads * dim)
+        for batch in ctx.batches:
+            q, k, v, weights = (next(kept) for _ in range(4))
+            out = _take(gradients, batch.queries, (*weights.shape[:2], value_dim))
+            of_value.index_add_(0, batch.keys, _wide(weights.transpose(1, 2) @ out).flatten(0, 1))
+            of_weights = out @ v.transpose(1, 2)
             of_scores = torch._softmax_backward_data(of_weights, weights, 2, weights.dtype)  # float32 within
+            of_key.index_add_(0, batch.keys, _wide(of_scores.transpose(1, 2) @ q).flatten(0, 1))
             if ctx.needs_input_grad[0]:
-                of_query.append(of_scores @ key[:, seen])
-            of_key.append(of_scores.transpose(1, 2) @ query[:, rows])
-        by_query = _by_token(torch.cat(of_query, dim=1), groups).mul_(ctx.scale) if of_query else None
-        prefix_key, text_key = _apart(torch.cat(of_key, dim=1), layout)
-        prefix_value, text_value = _apart(torch.cat(of_value, dim=1), layout)
+                of_query.index_copy_(0, batch.queries, (of_scores @ k).view(-1, of_query.shape[1]))
+        by_key, by_value = (
+            total.view(-1, kv_heads, total.shape[1]).transpose(0, 1)  # [K, P+T, D]
+            for total in (of_key.mul_(ctx.scale), of_value)
+        )
+        by_query = of_query.mul_(ctx.scale).view(tokens, heads, dim).transpose(0, 1)
         return (
-            None if by_query is None else by_query.transpose(0, 1),
-            text_key.mul_(ctx.scale).to(key.dtype),
-            text_value.to(value.dtype),
-            (prefix_key * ctx.scale).to(ctx.prefix_dtypes[0]),
-            prefix_value.to(ctx.prefix_dtypes[1]),
+            by_query if ctx.needs_input_grad[0] else None,
+            by_key[:, length:].to(gradient.dtype),
+            by_value[:, length:].to(gradient.dtype),
+            by_key[:, :length].to(key_dtype),
+            by_value[:, :length].to(value_dtype),
             None,
             None,
         )
-
-
-def _apart(gradient: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Sums of [K, N, D] over the tiles, in float32: of the prefix [K, P, D] and of the text [K, T, D]."""
-    size = layout.prefix + sum(layout.lengths)
-    wide = _wide(gradient)
-    total = wide.new_zeros(len(wide), size, wide.shape[2]).index_add_(1, layout.gather, wide)
-    return total[:, : layout.prefix], total[:, layout.prefix :]
