@@ -1,6 +1,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+BENCH_DATA ?= demo:train
 
 .PHONY: quickstart test check bench bench-gpu clean
 
@@ -26,7 +27,7 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attach.py
-	$(BIN)/python bench/training.py
+	$(BIN)/python bench/training.py --data $(BENCH_DATA)
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python bench/gpu.py

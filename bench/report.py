@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from contestants import BASELINES
+from contestants import BASELINES, RECIPE
 from race import Race
 from runner import Runner
 from tables import gigabytes, markdown
 
-RECIPE, BEST = "tutorial-recipe", "peft-best"
+BEST = "peft-best"
 
 
 def entries(
@@ -113,12 +113,13 @@ def speed_table(found: dict[str, Any]) -> str:
 
 def _table(found: Sequence[dict[str, Any]]) -> str:
     head = (
-        *("contestant", "real tok/s", "x recipe", "x peft-best", "peak RSS GB", "while training GB"),
-        *("start-up s", "% of matmul peak", "trainable"),
+        *("contestant", "precision", "real tok/s", "x recipe", "x peft-best", "peak RSS GB"),
+        *("while training GB", "start-up s", "% of matmul peak", "trainable"),
     )
     rows = [
         [
             f"{entry['name']} ({entry['which']})" if "which" in entry else entry["name"],
+            entry["dtype"],
             f"{entry['tokens_per_second']:.0f}",
             _ratio(entry["ratio_to_recipe"]),
             _ratio(entry["ratio_to_peft_best"]),

@@ -175,7 +175,7 @@ def _races(
             folder=place,
             rounds=about["rounds"],
             warm_up=about["warm_up"],
-            candidates=[name for name in BASELINES if name != "tutorial-recipe"],
+            candidates=BASELINES,
             estimate=lambda runner: _guess(runner, about["tokens"], peaks),
         ).run()
         found["models"][label] = _model(source, race)

@@ -68,7 +68,7 @@ def make_place(folder: Path) -> Place:
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = make_place(tmp_path_factory.mktemp("race"))
-    names = "tutorial-recipe,peft-bf16-b4,prefixtune,peft-lora"
+    names = "tutorial-recipe,peft-b4,prefixtune,peft-lora"
     result = run(str(BENCH / "training.py"), *place.arguments, f"--rounds={ROUNDS}", f"--only={names}")
     assert result.returncode == 0, result.stderr
     assert "round 2 of 2" in result.stderr
@@ -87,7 +87,7 @@ def test_training_benchmark_counts_real_tokens_of_the_rows(raced: Place) -> None
 def test_speeds_are_tokens_by_the_median_round_and_ratios_their_quotients(raced: Place) -> None:
     found = raced.found
     entries = {entry["name"]: entry for entry in found["contestants"]}
-    assert list(entries) == ["tutorial-recipe", "peft-bf16-b4", "peft-best", "prefixtune", "peft-lora"]
+    assert list(entries) == ["tutorial-recipe", "peft-b4", "peft-best", "prefixtune", "peft-lora"]
     recipe, best = entries["tutorial-recipe"], entries["peft-best"]
     for entry in entries.values():
         seconds = statistics.median(each["seconds"] for each in entry["rounds"])
@@ -97,7 +97,7 @@ def test_speeds_are_tokens_by_the_median_round_and_ratios_their_quotients(raced:
         assert entry["ratio_to_recipe"] == pytest.approx(speed / recipe["tokens_per_second"])
         assert entry["ratio_to_peft_best"] == pytest.approx(speed / best["tokens_per_second"])
     assert best["tokens_per_second"] == max(
-        recipe["tokens_per_second"], entries["peft-bf16-b4"]["tokens_per_second"]
+        recipe["tokens_per_second"], entries["peft-b4"]["tokens_per_second"]
     )
     assert best["rounds"] == entries[best["which"]]["rounds"]
 
@@ -172,6 +172,18 @@ def test_without_memory_for_all_the_first_runs_along_in_each_heat(tmp_path: Path
     # of the recipe's rounds in the second heat, which are others than those in the first
     assert ours["ratio_to_recipe"] > 0
     assert ours["ratio_to_recipe"] != ours["tokens_per_second"] / recipe["tokens_per_second"]
+
+
+def test_training_from_the_start_of_a_peft_prefix_has_the_losses_of_peft(tmp_path: Path) -> None:
+    make_place(tmp_path)
+    options = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'rows.json'}", "--max-length=64"]
+    output = tmp_path / "same.json"
+    for batch in (1, 2):
+        result = run(str(BENCH / "same_method.py"), *options, f"--batch={batch}", f"--output={output}")
+        assert result.returncode == 0, result.stderr
+        losses = json.loads(output.read_text(encoding="utf-8"))["step_losses"]
+        assert len(losses["peft"]) == 2  # 10 rows, 8 to a step
+        assert losses["prefixtune"] == pytest.approx(losses["peft"], rel=2e-4)
 
 
 def test_gpu_benchmark_measures_each_contestant_in_a_small_model_on_the_cpu(tmp_path: Path) -> None:
