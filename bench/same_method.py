@@ -1,8 +1,8 @@
 """Where the method is the same, so is the curve: our packed training from PEFT's start, beside PEFT's own.
 
 Run: python bench/same_method.py [--model demo] [--data demo:train] [--rows 64] [--learning-rate 5e-3]
-PEFT's prefix and ours begin with the same keys and values, see the same rows in the same order, 8 to a step, and
-have the same optimizer and schedule, in float32. PEFT runs padded batches of --batch rows, ours packs.
+PEFT's prefix and ours begin with the same keys and values, see the same rows in the same order, 8 to a step,
+and have the same optimizer and schedule, in float32. PEFT runs padded batches of --batch rows, ours packs.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def start_of(model: Any, base: Any) -> Any:
     by_layer = numbers.view(PREFIX_LENGTH, 2 * len(geometry.layers), geometry.layers[0].kv_heads, -1)
     keys_and_values = by_layer.permute(
         1, 2, 0, 3
-    ).contiguous()  # [2L, H, P, D]: a layer's key, its value, ...
+    ).contiguous()  # [2L, H, P, D]
     pairs = zip(keys_and_values[::2], keys_and_values[1::2], strict=True)
     return PrefixKV(tuple(LayerKV(key, value) for key, value in pairs))
 
