@@ -181,8 +181,8 @@ def test_own_function_scores_beside_the_others(own: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("own_metrics:absent", "own_metrics has no absent"),
-        ("own_metrics:number", "own_metrics has a int for its number"),
+        ("own_metrics:absent", "absent is not there in own_metrics"),
+        ("own_metrics:number", "number is not a function in own_metrics"),
         ("own_metrics:", "expected package.module:function"),
         (":length", "expected package.module:function"),
         ("no_such_module:f", "No module named 'no_such_module'"),

@@ -37,8 +37,8 @@ def load_metric(name: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        kind = "no" if function is None else f"a {type(function).__name__} for its"
-        raise ConfigError(f"metric {name}: {module_name} has {kind} {function_name}", hint=FORM)
+        kind = "there" if function is None else "a function"
+        raise ConfigError(f"metric {name}: {function_name} is not {kind} in {module_name}", hint=FORM)
     return function  # type: ignore[no-any-return]
 
 
