@@ -322,6 +322,41 @@ def use(command: str, folder: Path, *more: Any) -> list[Any]:
     return [command, "--prefix", folder, *extra.get(command, []), *more]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--metric", "blue"], "did you mean bleu?"),
+        (["--metric", "bleu,"], "--metric: expected names with commas between them; got 'bleu,'"),
+        (["--metric", "bleu,bleu"], "bleu is named twice"),
+        (["--metric", "no_such_module:f"], "no_such_module"),
+        (["--metric", "accuracy", "--labels", "a"], "expected two or more"),
+        (["--labels", "a,a"], "a comes twice"),
+        (["--language", "de"], "--language"),
+        (["--forgetting"], "no --prefix is given"),
+        (["--forgetting-text", "x.txt"], "no --prefix is given"),
+        (["--no-exact-match", "--output", "x.jsonl"], "--no-exact-match makes none"),
+    ],
+)
+def test_metrics_that_cannot_be_measured_are_told_before_any_work(
+    place: Path, options: list[Any], said: str
+) -> None:
+    args = ["evaluate", "--model", place / "no-weights", "--data", place / "nowhere.jsonl"]
+    refused(place, *args, *options, said=said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--metric", "accuracy"], "2 to 20 distinct references"),
+        (["--labels", "b,c"], "rows.jsonl:1: accuracy: expected one of the labels b, c"),
+        (["--metric", "json_equal", "--max-new-tokens", 1], "references[0] is not JSON: 'a'"),
+        (["--forgetting-text", "nowhere.txt"], "nowhere.txt: expected a text file"),
+    ],
+)
+def test_rows_that_a_metric_cannot_use_are_told(place: Path, options: list[Any], said: str) -> None:
+    refused(place, *use("evaluate", place / "prefix", *options), said=said)
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         info = json.loads((folder / "prefix.json").read_text())

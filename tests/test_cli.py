@@ -440,6 +440,74 @@ def test_evaluate_measures_prefix_and_bare_model(
     assert f"{both['loss']:.4f}" in succeed(*common, "--prefix", trained).stdout
 
 
+def test_evaluate_writes_answers_with_their_references_and_the_metrics_beside_them(
+    trained: Path, tmp_path: Path
+) -> None:
+    rows, answers = tmp_path / "rows.csv", tmp_path / "answers.jsonl"
+    rows.write_text("mr,ref\na,one\nb,two\na,three\n")
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--fields", "instruction=mr,output=ref"]
+    common += ["--max-new-tokens", 5, "--dtype", "float32"]
+    metrics = ["--metric", "bleu,rougeL", "--metric", "json"]
+    found = json.loads(succeed(*common, *metrics, "--output", answers, "--json").stdout)
+    assert list(found["metrics"]) == list(found["base_metrics"]) == ["exact_match", "bleu", "rougeL", "json"]
+    assert found["exact_match"] == found["metrics"]["exact_match"]
+    assert (found["rows"], found["inputs"]) == (3, 2)
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert lines == found["samples"]
+    assert [line["references"] for line in lines] == [["one", "three"], ["two"]]
+    beside = json.loads((tmp_path / "answers.metrics.json").read_text(encoding="utf-8"))
+    assert beside == {name: value for name, value in found.items() if name != "samples"}
+    shown = succeed(*common, *metrics).stdout
+    assert f"bleu: {found['metric_settings']['bleu']}" in shown
+    assert "3 rows, 2 inputs" in shown
+
+
+def test_evaluate_chooses_labels_and_makes_no_answers_where_nothing_else_is_asked(
+    trained: Path, rows: Path
+) -> None:
+    labels = ",".join(f"{i} tips [b]here[/b]" for i in range(6))
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--max-new-tokens", 2, "--dtype", "float32"]
+    found = json.loads(succeed(*common, "--metric", "accuracy", "--json").stdout)
+    named = json.loads(succeed(*common, "--labels", labels, "--json").stdout)
+    assert found == named
+    assert list(found["metrics"]) == ["accuracy"]
+    assert len(found["labels"]) == 6
+    assert found["exact_match"] is None
+    assert "prediction" not in found["samples"][0]
+    both = json.loads(succeed(*common, "--metric", "accuracy,json", "--json").stdout)
+    assert list(both["metrics"]) == ["exact_match", "json", "accuracy"]
+    assert "accuracy" in succeed(*common, "--metric", "accuracy").stdout
+
+
+def test_evaluate_measures_forgetting_on_text_of_the_base_or_of_ones_own(
+    trained: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.txt").write_text("The colours are red, blue and yellow.\n" * 9)
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--no-exact-match", "--dtype", "float32"]
+    sampled = json.loads(succeed(*common, "--forgetting", "--seed", 3, "--json").stdout)
+    own = json.loads(succeed(*common, "--forgetting-text", tmp_path / "own.txt", "--json").stdout)
+    for found in (sampled, own):
+        detail = found["forgetting_detail"]
+        assert found["forgetting"] == detail["rise"] == pytest.approx(detail["loss"] - detail["base_loss"])
+    assert "seed 3" in sampled["forgetting_detail"]["source"]
+    assert own["forgetting_detail"]["source"].endswith("own.txt")
+    assert "forgetting" in succeed(*common, "--forgetting-text", tmp_path / "own.txt").stdout
+
+
+def test_own_metric_is_found_in_the_working_folder(
+    trained: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own.py").write_text(
+        "def longest(predictions, references): return max(map(len, predictions))"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--max-new-tokens", 5, "--dtype", "float32"]
+    found = json.loads(succeed(*common, "--metric", "my_own:longest", "--json").stdout)
+    longest = max(len(sample["prediction"]) for sample in found["samples"])
+    assert found["metrics"]["my_own:longest"] >= longest > 0
+
+
 # --- chat --------------------------------------------------------------------------------------------------
 
 

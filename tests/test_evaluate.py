@@ -12,10 +12,13 @@ from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts
-from prefixtune.errors import DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluate import evaluate, target_loss
+from prefixtune.forgetting import forgetting, neutral_texts
 from prefixtune.generate import generate_batch
-from tokenizers_for_tests import byte_tokenizer
+from prefixtune.likelihood import choose_labels, row_losses
+from prefixtune.metrics import score
+from tokenizers_for_tests import CHATML, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 ROWS = [
@@ -131,3 +134,180 @@ def test_what_is_cut_or_dropped_is_counted() -> None:
     assert (found.rows, found.truncated_rows, found.dropped_rows) == (3, 1, 1)
     assert found.samples == []
     assert found.exact_match is None
+
+
+def asked(*pairs: tuple[str, str]) -> list[Row]:
+    return [
+        Row(values={"instruction": instruction, "output": output}, origin=f"r:{number}")
+        for number, (instruction, output) in enumerate(pairs, start=1)
+    ]
+
+
+def test_rows_with_one_prompt_are_one_input_with_all_their_references() -> None:
+    rows = asked(("one", "first"), ("two", "red"), ("one", "second one"), ("two", "red"), ("one", "third"))
+    found = evaluate(bare(), TOKENIZER, rows, DataConfig(), metrics=["bleu", "chrf"], progress=False)
+    assert (found.rows, found.inputs) == (5, 2)
+    assert [sample["references"] for sample in found.samples] == [["first", "second one", "third"], ["red"]]
+    assert [(sample["origin"], sample["reference"]) for sample in found.samples] == [
+        ("r:1", "first"),
+        ("r:2", "red"),
+    ]
+    predictions = [sample["prediction"] for sample in found.samples]
+    references = [sample["references"] for sample in found.samples]
+    assert found.metrics == score(["exact_match", "bleu", "chrf"], predictions, references)
+    assert found.metric_settings["bleu"].startswith("nrefs:var|")
+    assert found.base_metrics is None
+
+
+def test_any_reference_is_an_exact_match() -> None:
+    model = bare()
+    prompt = build_prompts(asked(("one", "x")), TOKENIZER, DataConfig())[0]
+    answer = generate_batch(model, TOKENIZER, [prompt.input_ids], max_new_tokens=NEW)[0]
+    rows = asked(("one", "x"), ("one", answer), ("two", "y"))
+    found = evaluate(model, TOKENIZER, rows, DataConfig(), max_new_tokens=NEW, progress=False)
+    assert found.exact_match == found.metrics["exact_match"] == 0.5
+
+
+def test_metrics_of_the_bare_model_beside_the_prefix_are_its_own() -> None:
+    options = {"metrics": ["chrf", "accuracy"], "max_new_tokens": 20, "progress": False}
+    both = evaluate(prefixed(), TOKENIZER, ROWS, DataConfig(), **options)
+    alone = evaluate(bare(), TOKENIZER, ROWS, DataConfig(), **options)
+    assert both.base_metrics == alone.metrics
+    assert both.metrics != alone.metrics
+    assert [sample["base_label"] for sample in both.samples] == [sample["label"] for sample in alone.samples]
+
+
+LABELS = [*"0123456789", "10", "红"]  # "1" begins "10"
+ANY = asked(*((question, "x") for question in ("the colours", "什么是三原色？", "user", "3 + 4", "a b c")))
+
+
+@pytest.mark.parametrize("make", [bare, prefixed])
+@pytest.mark.parametrize("template", ["human", "chat", "Q: {instruction}\\nA:{output}"])
+def test_label_is_the_one_whose_tokens_have_the_highest_summed_log_likelihood(
+    make: Any, template: str
+) -> None:
+    """By hand: one row at a time, the softmax of each place, summed over the label and its end token."""
+    model, tokenizer = make(), byte_tokenizer(chat_template=CHATML)
+    config = DataConfig(template=template)
+    expected = []
+    for row in ANY:
+        sums = []
+        for label in LABELS:
+            filled = Row(values={**row.values, "output": label}, origin="r")
+            example = build_examples([filled], tokenizer, config)[0][0]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+            likelihood = logits.log_softmax(-1)
+            sums.append(sum(float(likelihood[t - 1, x]) for t, x in enumerate(example.labels) if x != -100))
+        expected.append(LABELS[sums.index(max(sums))])
+    assert choose_labels(model, tokenizer, ANY, config, LABELS, pad_token_id=0) == expected
+    assert len(set(expected)) > 1
+
+
+def test_accuracy_is_the_share_of_inputs_whose_likeliest_label_is_a_reference() -> None:
+    model = bare()
+    questions = [(f"number {number}", "yes") for number in range(6)]
+    chosen = choose_labels(model, TOKENIZER, asked(*questions), DataConfig(), ["yes", "no"], pad_token_id=0)
+    wanted = [*chosen[:4], *({"yes": "no", "no": "yes"}[label] for label in chosen[4:])]
+    rows = asked(*((question, label) for (question, _), label in zip(questions, wanted, strict=True)))
+    options = {"metrics": ["accuracy"], "exact_match": False, "progress": False}
+    found = evaluate(model, TOKENIZER, rows, DataConfig(), labels=["yes", "no"], **options)
+    assert found.metrics == {"accuracy": pytest.approx(4 / 6)}
+    assert [sample["label"] for sample in found.samples] == chosen
+    assert "prediction" not in found.samples[0]
+    assert found.exact_match is None
+
+
+def test_labels_are_the_distinct_references_written_as_the_rows_write_them() -> None:
+    config = DataConfig(template="{instruction}:{output}")
+    rows = asked(("a", " no"), ("b", " yes"), ("c", " no"))
+    options = {"metrics": ["accuracy"], "exact_match": False, "progress": False}
+    found = evaluate(bare(), TOKENIZER, rows, config, **options)
+    given = evaluate(bare(), TOKENIZER, rows, config, labels=["no", "yes"], **options)
+    assert found.labels == given.labels == ["no", "yes"]
+    assert found.samples == given.samples
+    chosen = choose_labels(bare(), TOKENIZER, rows, config, [" no", " yes"], pad_token_id=0)
+    assert [sample["label"] for sample in found.samples] == [label.strip() for label in chosen]
+
+
+def test_last_turn_of_a_chat_is_what_the_label_replaces() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    turns = [("user", "Who?"), ("assistant", "You."), ("user", "Why?"), ("assistant", "red")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = Row(values={"messages": messages}, origin="r:1")
+    config = DataConfig(template="chat")
+    losses = []
+    for label in LABELS:
+        filled = Row(values={"messages": [*messages[:3], {**messages[3], "content": label}]}, origin="r:1")
+        losses += row_losses(bare(), build_examples([filled], tokenizer, config)[0], pad_token_id=0)
+    expected = LABELS[losses.index(min(losses))]
+    assert choose_labels(bare(), tokenizer, [row], config, LABELS, pad_token_id=0) == [expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
+def test_losses_of_rows_sum_to_the_target_loss(family: str) -> None:
+    model = tiny_model(family, vocab_size=len(TOKENIZER))
+    for one in (model, PrefixModel(model, PrefixConfig(length=4))):
+        loss, tokens = target_loss(one, EXAMPLES, pad_token_id=0)
+        alone = [row_losses(one, [example], pad_token_id=0)[0] for example in EXAMPLES]
+        assert row_losses(one, EXAMPLES, pad_token_id=0) == pytest.approx(alone, rel=1e-5)
+        assert sum(alone) / tokens == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"metrics": ["blue"]}, ConfigError, "got 'blue'"),
+        ({"labels": ["a", "b"]}, ConfigError, "accuracy, which chooses from them, is not asked for"),
+        ({"metrics": ["accuracy"], "labels": ["a"]}, ConfigError, "expected two or more; got a"),
+        ({"metrics": ["accuracy"], "labels": ["a", "a"]}, ConfigError, "a comes twice"),
+        ({"metrics": ["accuracy"], "labels": ["a", " "]}, ConfigError, "is empty"),
+        ({"metrics": ["accuracy"], "labels": ["red", "b"]}, DataError, "r:1: accuracy: expected one of"),
+        ({"metrics": ["accuracy", "accuracy"]}, ConfigError, "accuracy is named twice"),
+        ({"language": "de"}, ConfigError, "got 'de'"),
+    ],
+)
+def test_task_that_cannot_be_measured_is_told(options: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        evaluate(bare(), TOKENIZER, ROWS, DataConfig(), progress=False, **options)
+
+
+def test_one_or_many_references_are_no_labels() -> None:
+    for number in (1, 21):
+        rows = asked(*((f"q{i}", f"a{i}") for i in range(number)))
+        with pytest.raises(ConfigError, match=f"2 to 20 distinct references.*got {number}"):
+            evaluate(bare(), TOKENIZER, rows, DataConfig(), metrics=["accuracy"], progress=False)
+
+
+def test_forgetting_is_measured_beside_the_task() -> None:
+    model = prefixed()
+    neutral = neutral_texts(model.base_model, TOKENIZER, texts=3, tokens=8)
+    found = evaluate(
+        model, TOKENIZER, ROWS, DataConfig(), neutral=neutral, exact_match=False, progress=False
+    ).to_dict()
+    expected = forgetting(model, model.base_model, TOKENIZER, texts=neutral)
+    assert found["forgetting"] == expected.rise != 0.0
+    assert found["forgetting_detail"]["texts"] == 3
+
+
+TASK = "CAUSAL_LM"  # in PEFT's words
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_peft_model_is_evaluated_through_its_own_forward(method: str) -> None:
+    import peft
+
+    configs = {
+        "lora": peft.LoraConfig(task_type=TASK, r=2, target_modules=["q_proj"], init_lora_weights=False),
+        "prompt": peft.PromptTuningConfig(task_type=TASK, num_virtual_tokens=3),
+        "prefix": peft.PrefixTuningConfig(task_type=TASK, num_virtual_tokens=3),
+    }
+    model = peft.get_peft_model(bare(), configs[method])
+    found = evaluate(model, TOKENIZER, ROWS, DataConfig(), max_new_tokens=NEW, progress=False)
+    assert found.loss == pytest.approx(row_by_row(model), rel=1e-5)
+    ids = torch.tensor([build_prompts(ROWS, TOKENIZER, DataConfig())[0].input_ids])
+    with torch.no_grad():
+        whole = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
+    assert TOKENIZER.decode(whole[0, -NEW:], skip_special_tokens=True) == found.samples[0]["prediction"]

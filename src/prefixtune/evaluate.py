@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Prompt, Row, build_examples, build_prompts
+from prefixtune.data import Example, Row, build_examples
 from prefixtune.errors import DataError
-from prefixtune.generate import check_ids, check_positions, ending, generate_batch
+from prefixtune.forgetting import Forgetting, NeutralTexts, forgetting
+from prefixtune.generate import check_ids, check_positions, ending
 from prefixtune.geometry import quiet_eval
+from prefixtune.likelihood import row_losses
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.model import PrefixModel
 from prefixtune.progress import progress_bar
+from prefixtune.task import Input, Task
 
 __all__ = ["Evaluation", "evaluate", "target_loss"]
-
-SPARE_TOKENS = (
-    8  # beyond the longest reference: room for an end token, and for an answer that is a little longer
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,15 @@ class Evaluation:
         dropped_rows: rows without a target, left out with on_no_target="drop".
         loss: mean negative log likelihood of a target token, in nats.
         perplexity: exp(loss).
-        exact_match: share of the rows whose greedy answer is the reference, but for white space around it.
-        samples: for each row that was generated for: origin, prompt, reference, prediction, exact_match, and
-            base_prediction and base_exact_match where the bare model was run.
+        exact_match: share of the inputs whose greedy answer is a reference, but for white space around it.
+        metrics: all that was measured on answers and labels, exact_match too; units: docs/metrics.md.
+        metric_settings: the language that the metrics took the text for, and the libraries' signatures.
+        inputs: distinct prompts; None where nothing was asked.
+        labels: what the accuracy chose from.
+        forgetting: rise of the loss on neutral text, in nats per token; the detail says on how much text.
+        samples: for each input: origin, prompt, reference (the first), references; prediction and exact_match
+            where an answer was made, label where one was chosen, and the same of the bare model with base_
+            before the name.
     """
 
     rows: int
@@ -51,6 +57,13 @@ class Evaluation:
     base_perplexity: float | None = None
     exact_match: float | None = None
     base_exact_match: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    base_metrics: dict[str, float] | None = None
+    metric_settings: dict[str, str] = field(default_factory=dict)
+    inputs: int | None = None
+    labels: list[str] | None = None
+    forgetting: float | None = None
+    forgetting_detail: Forgetting | None = None
     samples: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def target_loss(
     Each target token counts the same, whatever row or pass it is in; its logits are float32.
 
     Args:
-        model: a PrefixModel, or a bare base model; it is in evaluation mode meanwhile.
+        model: a PrefixModel, a bare base model, or a PEFT model; it is in evaluation mode meanwhile.
         capacity: tokens of a pass through the model; a longer row has one of its own.
         packing: documents end to end where the model allows it.
 
@@ -85,6 +98,9 @@ def target_loss(
     count = sum(example.target_tokens for example in examples)
     if count == 0:
         raise DataError(f"there is no target token in {len(examples)} examples, so there is no loss")
+    if hasattr(model, "peft_config"):  # it may put tokens of its own before the text: through its own forward
+        losses = row_losses(model, examples, pad_token_id=pad_token_id, capacity=capacity, progress=progress)
+        return sum(losses) / count, count
     base = model.base_model if has_prefix(model) else model
     rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in examples]
     total = 0.0
@@ -106,54 +122,96 @@ def evaluate(
     *,
     base: bool = True,
     exact_match: bool = True,
+    metrics: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    language: str = "auto",
+    neutral: NeutralTexts | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure target loss and exact match on rows.
+    """Measure target loss and task metrics on rows; rows with the same prompt are one input.
 
     Args:
-        model: a PrefixModel, or a bare base model.
+        model: a PrefixModel, a bare base model, or a PEFT model.
         base: measure the bare model beside the prefix (nothing to do where `model` is bare itself).
-        exact_match: generate an answer to every row, greedily, and compare it with the reference.
+        exact_match: generate an answer to every input, greedily, and compare it with the references.
+        metrics: names for `prefixtune.metrics.score`, and "accuracy": the share of the inputs whose most
+            likely label (`prefixtune.likelihood.choose_labels`) is a reference.
+        labels: for the accuracy; the distinct references unless given, where there are 20 or fewer.
+        language: for the metrics: auto, en or zh.
+        neutral: measure what the prefix has forgotten, on these texts.
         max_new_tokens: the longest answer; the longest reference's tokens and 8 more, unless given.
         progress: bars on stderr.
 
     Raises:
+        ConfigError: a metric, the labels or the language cannot be used.
         DataError: a row cannot be used.
     """
+    names = [*(["exact_match"] if exact_match and "exact_match" not in metrics else []), *metrics]
+    task = Task.of(
+        rows,
+        tokenizer,
+        data_config,
+        metrics=names,
+        labels=labels,
+        language=language,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     examples, report = build_examples(rows, tokenizer, data_config)
+    samples = [_asked(one) for one in task.inputs]
     models = {"": model} | ({"base_": model.base_model} if base and has_prefix(model) else {})
-    found: dict[str, Any] = {"samples": []}
-    for prefix, one in models.items():
-        pad, name = ending(one, tokenizer)["pad_token_id"], _name(prefix, "loss") if progress else None
-        loss, tokens = target_loss(one, examples, pad_token_id=pad, progress=name)
-        found |= {prefix + "loss": loss, prefix + "perplexity": _exp(loss), "target_tokens": tokens}
-    if exact_match:
-        prompts = build_prompts(rows, tokenizer, data_config)
-        samples = [{"origin": p.origin, "prompt": p.text, "reference": p.reference} for p in prompts]
-        limit = max_new_tokens or _longest_reference(prompts, tokenizer) + SPARE_TOKENS
-        for prefix, one in models.items():
-            name = _name(prefix, "answers") if progress else None
-            ids = [prompt.input_ids for prompt in prompts]
-            texts = generate_batch(
-                one, tokenizer, ids, max_new_tokens=limit, batch_size=batch_size, progress=name
-            )
-            found[prefix + "exact_match"] = _score(samples, texts, prefix)
-        found["samples"] = samples
+    found: dict[str, Any] = {"labels": [label.strip() for label in task.labels] or None}
+    for start, one in models.items():
+        found |= _of_one(one, task, examples, samples, start=start, progress=progress)
+    if neutral is not None:
+        lost = forgetting(model, None, tokenizer, texts=neutral, progress=progress)
+        found |= {"forgetting": lost.rise, "forgetting_detail": lost}
     return Evaluation(
-        rows=report.examples, truncated_rows=report.truncated_rows, dropped_rows=report.dropped, **found
+        rows=report.examples,
+        inputs=len(task.inputs) or None,
+        truncated_rows=report.truncated_rows,
+        dropped_rows=report.dropped,
+        samples=samples,
+        **found,
     )
 
 
-def _score(samples: list[dict[str, Any]], texts: Sequence[str], prefix: str) -> float:
-    """Enter the answers into the samples; the share of them that is the reference."""
-    hits = 0
-    for sample, text in zip(samples, texts, strict=True):
-        hit = text.strip() == sample["reference"].strip()
-        sample |= {prefix + "prediction": text, prefix + "exact_match": hit}
-        hits += hit
-    return hits / len(samples)
+def _of_one(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    samples: list[dict[str, Any]],
+    *,
+    start: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """One model's fields of an Evaluation, named with `start` before; its answers go into the samples."""
+    told = partial(_name, start) if progress else _silent
+    pad = ending(model, task.tokenizer)["pad_token_id"]
+    loss, tokens = target_loss(model, examples, pad_token_id=pad, progress=told("loss"))
+    result = task.run(model, told=told)
+    for sample, made in zip(samples, result.samples, strict=True):
+        sample |= {start + key: value for key, value in made.items()}
+    found = {
+        "loss": loss,
+        "perplexity": _exp(loss),
+        "exact_match": result.values.get("exact_match"),
+        "metrics": result.values,
+    }
+    settings = {"target_tokens": tokens, "metric_settings": result.settings}
+    return {start + name: value for name, value in found.items()} | settings
+
+
+def _asked(one: Input) -> dict[str, Any]:
+    first = one.references[0]
+    return {
+        "origin": one.prompt.origin,
+        "prompt": one.prompt.text,
+        "reference": first,
+        "references": one.references,
+    }
 
 
 def has_prefix(model: Any) -> bool:
@@ -165,9 +223,8 @@ def _name(prefix: str, what: str) -> str:
     return f"{what}, bare model" if prefix else what
 
 
-def _longest_reference(prompts: Sequence[Prompt], tokenizer: Any) -> int:
-    lengths = [len(tokenizer(prompt.reference, add_special_tokens=False)["input_ids"]) for prompt in prompts]
-    return max(lengths)
+def _silent(what: str) -> None:
+    return None
 
 
 def _exp(loss: float) -> float:

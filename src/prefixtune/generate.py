@@ -27,8 +27,11 @@ __all__ = [
     "conversation_ids",
     "ending",
     "generate_batch",
+    "generate_ids",
     "prompt_row",
     "sampling",
+    "seeded",
+    "with_target",
     "without_target",
 ]
 
@@ -60,27 +63,50 @@ def generate_batch(
     Returns:
         The new text for each prompt, in the order of the prompts, without special tokens.
     """
+    settings = sampling(temperature=temperature, top_p=top_p)
+    with seeded(seed):
+        rows = generate_ids(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            settings=settings,
+            progress=progress,
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+    progress: str | None = None,
+) -> list[list[int]]:
+    """`generate_batch` with options of `model.generate`: each prompt's new ids before its end token."""
     _check(prompts, max_new_tokens=max_new_tokens)
     check_ids(model, prompts)
     check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
-    settings = sampling(temperature=temperature, top_p=top_p)
-    settings |= ending(model, tokenizer) | {"max_new_tokens": max_new_tokens}
+    settings = {**settings, **ending(model, tokenizer), "max_new_tokens": max_new_tokens}
     ends = set(settings["eos_token_id"] or ())
     # of similar length together: less padding; the longest first, so that a batch too large fails at once
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    texts = [""] * len(prompts)
-    with quiet_eval(model), _seeded(seed), progress_bar(progress, total=len(prompts)) as advance:
+    answers: list[list[int]] = [[] for _ in prompts]
+    with quiet_eval(model), progress_bar(progress, total=len(prompts)) as advance:
         for rows in batches:
             batch = _left_padded([prompts[row] for row in rows], settings["pad_token_id"], model.device)
             with torch.no_grad():
                 whole = model.generate(**batch, **settings)  # [B, T+N]
             new = whole[:, batch["input_ids"].shape[1] :]  # [B, N]
             for row, ids in zip(rows, new.tolist(), strict=True):
-                answer = takewhile(lambda token: token not in ends, ids)
-                texts[row] = tokenizer.decode(list(answer), skip_special_tokens=True)
+                answers[row] = list(takewhile(lambda token: token not in ends, ids))
             advance(len(rows))
-    return texts
+    return answers
 
 
 def sampling(*, temperature: float, top_p: float) -> dict[str, Any]:
@@ -114,7 +140,9 @@ def check_positions(model: Any, tokens: int) -> None:
     from prefixtune.model import PrefixModel
 
     is_prefixed = isinstance(model, PrefixModel)
-    geometry = Geometry.probe(model.base_model if is_prefixed else model)
+    bare = model.base_model if is_prefixed else model
+    # of a PEFT model the text's positions alone are looked at, without its virtual tokens
+    geometry = Geometry.probe(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
     if geometry.max_positions is None or geometry.positions_extrapolate:
         return
     with torch.no_grad():
@@ -172,6 +200,20 @@ def without_target(rows: Sequence[Row], template: str) -> list[Row]:
         asked = "messages" in row.values or str(row.values.get(target) or "").strip()
         filled.append(row if asked else Row(values={**row.values, target: PLACEHOLDER}, origin=row.origin))
     return filled
+
+
+def with_target(row: Row, text: str, template: str) -> Row:
+    """The row with `text` for its target: in a chat, for what the assistant says last."""
+    target = _target_field(template)
+    messages = row.values.get("messages") if template == "chat" else None
+    if not isinstance(messages, list):
+        return Row(values={**row.values, target: text}, origin=row.origin)
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in messages]
+    said = [index for index, role in enumerate(roles) if role == "assistant"]
+    if not said:
+        raise DataError(f"{row.origin}: field 'messages': the assistant says nothing, so nothing is wanted")
+    asked = [*messages[: said[-1]], {**messages[said[-1]], "content": text}]
+    return Row(values={**row.values, "messages": asked}, origin=row.origin)
 
 
 def conversation_ids(turns: Sequence[tuple[str, str]], text: str, tokenizer: Any, template: str) -> list[int]:
@@ -242,7 +284,7 @@ def _left_padded(
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return

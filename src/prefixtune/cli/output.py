@@ -15,7 +15,7 @@ import click
 from prefixtune.errors import PrefixTuneError
 from prefixtune.progress import note
 
-__all__ = ["Failure", "describe_os_error", "print_json", "say"]
+__all__ = ["Failure", "describe_os_error", "print_json", "say", "to_json"]
 
 
 class Failure(click.ClickException):
@@ -42,8 +42,13 @@ def say(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; JSON has no infinity and no NaN, so these become null."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout."""
+    click.echo(to_json(document))
+
+
+def to_json(document: Any) -> str:
+    """JSON has no infinity and no NaN, so these become null."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def describe_os_error(error: OSError) -> Failure:

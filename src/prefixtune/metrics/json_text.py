@@ -1,0 +1,65 @@
+"""Whether answers are JSON, and the JSON that was wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from prefixtune.errors import DataError
+
+__all__ = ["check_json", "json_equal", "json_valid"]
+
+
+def json_valid(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of the predictions that parse (RFC 8259, so without NaN); the references do not matter."""
+    return sum(_parses(text) for text in predictions) / len(predictions)
+
+
+def json_equal(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of the predictions that are a reference as JSON: spaces and the order of keys do not matter.
+
+    Raises:
+        DataError: a reference is not JSON.
+    """
+    check_json(references)
+    hits = [
+        _parses(prediction) and any(_same(_parse(prediction), _parse(text)) for text in texts)
+        for prediction, texts in zip(predictions, references, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def check_json(references: Sequence[Sequence[str]]) -> None:
+    """Raise DataError where a reference is not JSON."""
+    for index, texts in enumerate(references):
+        for text in texts:
+            if not _parses(text):
+                raise DataError(f"json_equal: references[{index}] is not JSON: {text[:60]!r}")
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _parses(text: str) -> bool:
+    try:
+        _parse(text)
+    except (ValueError, RecursionError):  # the latter from a model that repeats "["
+        return False
+    return True
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of JSON: 1 is 1.0, but not true, which Python takes for equal."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

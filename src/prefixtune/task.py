@@ -1,0 +1,194 @@
+"""Inputs with their references: a model answers them, or chooses a label, and is scored. Knows no bare model.
+
+Rows with the same prompt are one input, and what they want are its references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixtune.config import DataConfig
+from prefixtune.data import Prompt, Row, build_prompts
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.generate import ending, generate_batch
+from prefixtune.likelihood import check_labels, choose_labels
+from prefixtune.metrics import check_language, check_metrics, check_references, exact_match, measure
+
+__all__ = ["ACCURACY", "Input", "Result", "Task", "check_task", "inputs_of"]
+
+ACCURACY = "accuracy"  # by likelihood, so it needs the model and not its answers
+FEW = 20  # distinct references are taken for labels up to so many
+SPARE_TOKENS = (
+    8  # beyond the longest reference: room for an end token, and for an answer that is a little longer
+)
+Told = Callable[[str], str | None]  # what a progress bar says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A prompt, the distinct references of all its rows, and the first of these rows."""
+
+    row: Row
+    prompt: Prompt
+    references: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one model did.
+
+    Attributes:
+        values: by metric, in the units of `prefixtune.metrics.METRICS`; accuracy 0..1.
+        settings: as `prefixtune.metrics.Scores` has them.
+        samples: for each input prediction and exact_match where answers were made, label where one was chosen
+    """
+
+    values: dict[str, float]
+    settings: dict[str, str] = field(default_factory=dict)
+    samples: list[dict[str, Any]]
+
+
+def inputs_of(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[Input]:
+    """The distinct prompts of the rows, in the order in which they first come."""
+    inputs: dict[tuple[int, ...], Input] = {}
+    for row in rows:
+        for prompt in build_prompts([row], tokenizer, config):  # none of a row that is dropped
+            known = inputs.setdefault(prompt.input_ids, Input(row=row, prompt=prompt, references=[]))
+            if prompt.reference not in known.references:
+                known.references.append(prompt.reference)
+    return list(inputs.values())
+
+
+def check_task(metrics: Sequence[str], labels: Sequence[str], language: str) -> None:
+    """Find out before any work whether all this can be measured.
+
+    Raises:
+        ConfigError: a metric, the labels or the language cannot be used.
+        MissingExtraError: the library of a metric is not installed.
+    """
+    if ACCURACY in metrics and labels:
+        check_labels(labels)
+    elif labels:
+        raise ConfigError("labels are given, but accuracy, which chooses from them, is not asked for")
+    if metrics.count(ACCURACY) > 1:
+        raise ConfigError("metric: accuracy is named twice")
+    check_metrics([name for name in metrics if name != ACCURACY])
+    check_language(language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked of each model on the same inputs.
+
+    Attributes:
+        names: metrics of the answers; no answer is made where there are none.
+        labels: to choose from, as the rows write them, white space included; none without accuracy.
+    """
+
+    inputs: list[Input]
+    tokenizer: Any
+    data_config: DataConfig
+    names: list[str]
+    labels: list[str]
+    language: str
+    max_new_tokens: int | None
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        data_config: DataConfig,
+        *,
+        metrics: Sequence[str],
+        labels: Sequence[str] = (),
+        language: str = "auto",
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+    ) -> Task:
+        """The task that the rows make; what its arguments are, `prefixtune.evaluate.evaluate` says.
+
+        Raises:
+            ConfigError: a metric, the labels or the language cannot be used.
+            DataError: a row cannot be used, or its reference is no label.
+        """
+        check_task(metrics, labels, language)
+        inputs = inputs_of(rows, tokenizer, data_config) if metrics else []
+        check_references(metrics, [one.references for one in inputs], language=language)
+        return cls(
+            inputs=inputs,
+            tokenizer=tokenizer,
+            data_config=data_config,
+            names=[name for name in metrics if name != ACCURACY],
+            labels=_labels(labels, inputs) if ACCURACY in metrics else [],
+            language=language,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+
+    def run(self, model: Any, *, told: Told = lambda what: None) -> Result:
+        """Ask one model."""
+        samples: list[dict[str, Any]] = [{} for _ in self.inputs]
+        values: dict[str, float] = {}
+        settings: dict[str, str] = {}
+        references = [one.references for one in self.inputs]
+        if self.names:
+            answers = self._answers(model, told("answers"))
+            for sample, answer, texts in zip(samples, answers, references, strict=True):
+                sample |= {"prediction": answer, "exact_match": bool(exact_match([answer], [texts]))}
+            scores = measure(self.names, answers, references, language=self.language)
+            values, settings = scores.values, scores.settings
+        if self.labels:
+            chosen = self._chosen(model, told("labels"))
+            for sample, label in zip(samples, chosen, strict=True):
+                sample["label"] = label.strip()
+            values = {**values, ACCURACY: exact_match(chosen, references)}
+        return Result(values=values, settings=settings, samples=samples)
+
+    def _answers(self, model: Any, progress: str | None) -> list[str]:
+        wanted = [text for one in self.inputs for text in one.references]
+        lengths = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
+        return generate_batch(
+            model,
+            self.tokenizer,
+            [one.prompt.input_ids for one in self.inputs],
+            max_new_tokens=self.max_new_tokens or max(lengths) + SPARE_TOKENS,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+
+    def _chosen(self, model: Any, progress: str | None) -> list[str]:
+        return choose_labels(
+            model,
+            self.tokenizer,
+            [one.row for one in self.inputs],
+            self.data_config,
+            self.labels,
+            pad_token_id=ending(model, self.tokenizer)["pad_token_id"],
+            progress=progress,
+        )
+
+
+def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
+    """The labels as the references write them, white space around included, because it makes other tokens."""
+    written: dict[str, str] = {}
+    for one in inputs:
+        for text in one.references:
+            written.setdefault(text.strip(), text)
+            if given and text.strip() not in {label.strip() for label in given}:
+                raise DataError(
+                    f"{one.prompt.origin}: accuracy: expected one of the labels {', '.join(given)} as "
+                    f"reference; got {text.strip()[:60]!r}",
+                    hint="give all labels, as the rows write them, but for white space around",
+                )
+    if given:
+        return [written.get(label.strip(), label) for label in given]
+    if not 2 <= len(written) <= FEW:
+        raise ConfigError(
+            f"accuracy: expected 2 to {FEW} distinct references to take for labels; got {len(written)}",
+            hint="name the labels: --labels positive,negative",
+        )
+    return list(written.values())
