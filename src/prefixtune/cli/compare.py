@@ -73,13 +73,14 @@ def compare(
 ) -> None:
     """Train and measure methods on the same rows, with several seeds.
 
-    FILE is a TOML file with these options (model = "demo", train_rows = 2000, …), [data], and [settings.METHOD]
-    for the settings of a method; options beat the file. Ctrl-C keeps what is finished.
+    FILE is a TOML file with these options (model = "demo", train_rows = 2000, …), [data], and
+    [settings.METHOD] for the settings of a method; options beat the file. Ctrl-C keeps what is finished.
     """
     import prefixtune.compare as room
 
     if list_:
-        return _list(room.METHODS)
+        _list(room.METHODS)
+        return
     table = room.read_file(file) if file is not None else {}
     data, settings = {**table.pop("data", {}), **data_options}, table.pop("settings", {})
     folder = output or Path(table.pop("output", ""))
@@ -113,8 +114,9 @@ def report(folder: Path, as_json: bool) -> None:
     require_matplotlib()
     page = write_report(folder)
     if as_json:
-        return print_json({"report": str(page), "rows": found["rows"]})
-    _print(found)
+        print_json({"report": str(page), "rows": found["rows"]})
+    else:
+        _print(found)
     say(f"report: {page}")
 
 

@@ -208,10 +208,12 @@ def _peer(
 
 
 def _rank(model: Any) -> dict[str, Any]:
-    configs = getattr(model, "peft_config", {}).values()
-    return {"rank": c.r for c in configs if hasattr(c, "r")} | {
-        "length": c.num_virtual_tokens for c in configs if hasattr(c, "num_virtual_tokens")
-    }
+    """What the sizes that were left open came to."""
+    found: dict[str, Any] = {}
+    for config in getattr(model, "peft_config", {}).values():
+        names = {"rank": "r", "length": "num_virtual_tokens"}
+        found |= {name: getattr(config, field) for name, field in names.items() if hasattr(config, field)}
+    return found
 
 
 def _first_tokens(examples: Sequence[Example], enough: int = 256) -> list[int]:
@@ -231,7 +233,7 @@ def _train(trainer: Any) -> tuple[str, float]:
 
     def recorded(examples: Sequence[Example]) -> Any:
         for example in examples:
-            seen.update(f"{example.origin}\n".encode())
+            seen.update(json.dumps(example.input_ids).encode())
         return collate(examples)
 
     trainer.data_collator = recorded

@@ -17,23 +17,13 @@ from prefixtune.compare.plan import Plan, plan_of
 from prefixtune.compare.rows import Rows, write_json
 from prefixtune.errors import PrefixTuneError
 
-__all__ = ["task_of"]
-
-
-def task_of(plan: Plan, **more: Any) -> dict[str, Any]:
-    """What the child is told of the plan; the inverse is in `main`."""
-    return {
-        "values": plan.config.to_dict(),
-        "data": plan.data.to_dict(),
-        "settings": {name: dict(table) for name, table in plan.changes.items()},
-        **more,
-    }
+__all__ = ["main"]
 
 
 def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    plan = plan_of(task["values"], data=task["data"], settings=task["settings"])
+    plan = plan_of(**task["plan"])
     result = Path(task["result"])
     try:
         if task["cell"] is None:

@@ -26,17 +26,22 @@ class Forecast:
     plan: Plan
     rows: Rows
     taken: dict[tuple[str, int | None], list[float]] = field(default_factory=dict)
+    guessed: float = 0.0  # of the cells that ran, all together
 
     def learn(self, cell: Cell, seconds: float) -> None:
         self.taken.setdefault((cell.method.name, cell.rows), []).append(seconds)
+        self.guessed += self._guess(cell)
 
     def total(self, cells: Iterable[Cell]) -> float:
         return sum(self.of(cell) for cell in cells)
 
     def of(self, cell: Cell) -> float:
-        """As long as the last cells of its kind, else a guess, times what the guesses were wrong by so far."""
+        """As long as the cells of its kind took; else a guess, by how far the guesses were wrong so far."""
         own = self.taken.get((cell.method.name, cell.rows))
-        return statistics.fmean(own) if own else self._guess(cell)
+        if own:
+            return statistics.fmean(own)
+        error = sum(map(sum, self.taken.values())) / self.guessed if self.guessed else 1.0
+        return self._guess(cell) * error
 
     def _guess(self, cell: Cell) -> float:
         about, config = self.rows.about, self.plan.config

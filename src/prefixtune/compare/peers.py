@@ -1,7 +1,8 @@
 """Other methods than ours: full tuning, and what PEFT has. In transformers' Trainer, with our loss and order.
 
-Only the method differs: the rows of a step are the same in the same order, run in passes without much padding,
-every target token of a step counts the same, what trains is float32, and the frozen base has its own precision.
+Only the method differs: the rows of a step are the same in the same order, run in passes without much
+padding, every target token of a step counts the same, what trains is float32, and a frozen base has its own
+precision.
 """
 
 from __future__ import annotations
@@ -77,7 +78,6 @@ def peer_model(
         return base.float().requires_grad_(True)
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    base.requires_grad_(False)
     same = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": settings.length or length}
     if of == "lora":
         like = length * Geometry.probe(base).numbers_per_token

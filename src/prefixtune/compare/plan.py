@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.compare.settings import Method, methods_of
-from prefixtune.config import DataConfig, TrainConfig, _Config, option
+from prefixtune.config import DataConfig, PrefixConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
@@ -119,12 +119,14 @@ class Plan:
 
     @property
     def prefix_length(self) -> int:
-        """Virtual tokens of the prefix that the others are matched with."""
-        from prefixtune.config import PrefixConfig
+        """Virtual tokens of the method `prefix`, which the others are matched with, compared or not."""
+        (ours,) = methods_of(("prefix",), self.changes)
+        return PrefixConfig(**{"init": "random", **ours.prefix_options}).length
 
-        ours = [m for m in self.methods if m.of == "prefix" and not m.options.get("projection")]
-        options = ours[0].prefix_options if ours else {}
-        return PrefixConfig(**{"init": "random", **options}).length
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the arguments of `plan_of`."""
+        settings = {name: dict(table) for name, table in self.changes.items()}
+        return {"values": self.config.to_dict(), "data": self.data.to_dict(), "settings": settings}
 
     def data_key(self) -> str:
         """A hash of all that decides which rows there are and how they read."""
@@ -151,10 +153,10 @@ class Plan:
             "seed": cell.seed,
             "rows": cell.rows,
             "schedule": {**_defaults(), **config.schedule},
-            "instruction": config.instruction,
+            "instruction": config.instruction if cell.method.of == "prompt" else None,
             "metrics": config.metrics,
             "max_new_tokens": config.max_new_tokens,
-            "prefix_length": self.prefix_length,
+            "prefix_length": self.prefix_length if cell.method.needs_peft else None,
         }
         return digest(parts)
 

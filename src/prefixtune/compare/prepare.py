@@ -58,14 +58,18 @@ def make_rows(plan: Plan) -> Rows:
         "machine": describe_machine(),
     }
     texts, losses, seconds = _neutral(base) if config.forgetting else (None, [], None)
-    about["neutral"] = texts.source if texts else None
     return Rows(
         train=tuple(train),
         eval=tuple(examples),
         questions=tuple(questions),
         neutral=texts.rows if texts else (),
         neutral_losses=tuple(losses),
-        about={**about, "tokens_per_second": _speed(base, train), "seconds_per_new_token": seconds},
+        about={
+            **about,
+            "neutral": texts.source if texts else None,
+            "tokens_per_second": _speed(base, train),
+            "seconds_per_new_token": seconds,
+        },
     )
 
 
@@ -73,14 +77,17 @@ def _evaluation(
     rows: Sequence[Row], tokenizer: Any, data: DataConfig, inputs: int
 ) -> tuple[list[Question], list[Row]]:
     """The first inputs with all their references, and the rows that they are from."""
-    found = inputs_of(rows, tokenizer, data)[:inputs]
-    wanted = {one.prompt.input_ids for one in found}
-    chosen = {prompt.origin for prompt in build_prompts(rows, tokenizer, data) if prompt.input_ids in wanted}
+    first = inputs_of(rows, tokenizer, data)[:inputs]
+    wanted = {one.prompt.input_ids for one in first}
     questions = [
         Question(input_ids=one.prompt.input_ids, text=one.prompt.text, references=tuple(one.references))
-        for one in found
+        for one in first
     ]
-    return questions, [row for row in rows if row.origin in chosen]
+    # one by one: where a row stands does not tell it from others, as all of a JSON file may be on one line
+    asked = [build_prompts([row], tokenizer, data) for row in rows]
+    return questions, [
+        row for row, prompts in zip(rows, asked, strict=True) if prompts and prompts[0].input_ids in wanted
+    ]
 
 
 def _neutral(base: LoadedBase) -> tuple[NeutralTexts, list[float], float]:

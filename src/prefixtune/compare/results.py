@@ -17,7 +17,7 @@ MEANS = (
 
 
 def result_rows(plan: Plan, cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method and number of training rows, in the order of the plan, where a cell is finished.
+    """One row for each method and number of training rows of which a cell is finished, in the plan's order.
 
     `cells` are the contents of the cells' files.
     """

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune import errors
-from prefixtune.compare.child import task_of
 from prefixtune.compare.estimate import Forecast, spelled
 from prefixtune.compare.machine import versions
 from prefixtune.compare.plan import Cell, Plan
@@ -98,15 +97,15 @@ def _child(
     place = output / CELLS / name
     files = {kind: place.with_name(f"{name}.{kind}") for kind in ("task.json", "failed.json", "log")}
     files["failed.json"].unlink(missing_ok=True)
-    task = task_of(
-        plan,
-        cell=cell.name if cell else None,
-        rows=str(output / DATA),
-        folder=str(place),
-        result=str(result),
-        failure=str(files["failed.json"]),
-        about=about,
-    )
+    task = {
+        "plan": plan.to_dict(),
+        "cell": cell.name if cell else None,
+        "rows": str(output / DATA),
+        "folder": str(place),
+        "result": str(result),
+        "failure": str(files["failed.json"]),
+        "about": about,
+    }
     write_json(files["task.json"], task)
     command = [sys.executable, "-m", "prefixtune.compare.child", str(files["task.json"])]
     with files["log"].open("w", encoding="utf-8") as log:
@@ -128,7 +127,8 @@ def _child(
         found: dict[str, Any] = json.loads(files["failed.json"].read_text(encoding="utf-8"))
         return found
     ended = f"ended by signal {-code}; is the memory full?" if code < 0 else f"ended with code {code}"
-    return {"kind": "RunError", "message": ended, "hint": f"see {files['log']}"}
+    lines = files["log"].read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return {"kind": "RunError", "message": ": ".join([ended, *lines[-1:]]), "hint": f"see {files['log']}"}
 
 
 @dataclass

@@ -56,7 +56,7 @@ def resident(device: str = "cpu") -> int:
 
 
 def forget_peak(device: str = "cpu") -> bool:
-    """Let `measured_peak` begin anew at what is in use now, with freed memory given back. False where it cannot.
+    """Let `measured_peak` begin anew at what is in use now, freed memory given back. False where it cannot.
 
     So that a peak while loading does not hide that of what comes after.
     """

@@ -15,11 +15,12 @@ __all__ = ["read_results", "write_report"]
 
 RESULTS, PAGE = "results.json", "report.md"
 LEGEND = (
-    "**trainable** counts numbers that train. **file** is what has to be kept beside the base. **initial memory** "
-    "is that of the process with the base loaded, **peak memory** the most until the end of training (of "
-    "measuring, for what trains nothing): resident on a CPU, allocated on a GPU. **tokens/s** counts real tokens "
-    "of the training, prompts among them. **dev loss** is in nats per target token. **forgetting** is the rise of "
-    "the loss, in nats per token, on text that the base itself wrote. ± is the standard deviation over seeds."
+    "**trainable** counts numbers that train. **file** is what has to be kept beside the base. "
+    "**initial memory** is that of the process with the base loaded, **peak memory** the most until the end "
+    "of training (of measuring, for what trains nothing): resident on a CPU, allocated on a GPU. "
+    "**tokens/s** counts real tokens of the training, prompts among them. **dev loss** is in nats per target "
+    "token. **forgetting** is the rise of the loss, in nats per token, on text that the base itself wrote. "
+    "± is the standard deviation over seeds."
 )
 
 

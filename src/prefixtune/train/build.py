@@ -13,7 +13,7 @@ from prefixtune.data import Example
 from prefixtune.generate import ending
 from prefixtune.load import LoadedBase
 from prefixtune.model import PrefixModel
-from prefixtune.train.session import _planned_steps, _prefix_config, _resolve, make_trainer
+from prefixtune.train.session import _check_lengths, _planned_steps, _prefix_config, _resolve, make_trainer
 from prefixtune.train.trainer import PrefixTrainer
 
 __all__ = ["planned_steps", "trainer_for"]
@@ -33,9 +33,13 @@ def trainer_for(
     Args:
         prefix_options: fields of PrefixConfig, as `train` takes them.
         pad_token_id: the tokenizer's unless given.
+
+    Raises:
+        DataError: the longest row does not fit into the model's positions after the prefix.
     """
     set_seed(config.seed)
     prefix = _prefix_config(None, prefix_options, base, examples)
+    _check_lengths(base, prefix, examples)
     resolved = _resolve(config, prefix, base, examples)
     model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
     pad = ending(base.model, base.tokenizer)["pad_token_id"] if pad_token_id is None else pad_token_id
