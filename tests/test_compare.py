@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def test_base_has_forgotten_nothing_and_text_before_it_is_no_training(measured: 
 
 def test_rows_with_one_input_are_references_of_one_another(measured: Measured) -> None:
     assert [question.text.split("\n")[1] for question in measured.rows.questions] == ["0", "1", "2"]
-    assert len(measured.rows.eval) == 4 + 3 + 3  # of 16 rows, those that count 0, 1 and 2
+    assert len(measured.rows.eval) == 2 * 3  # the loss is measured on two rows of each
     assert [len(question.references) for question in measured.rows.questions] == [3, 3, 3]
 
 
@@ -257,24 +256,32 @@ class Folder:
     first: Result
 
     def arguments(self, methods: str) -> list[str]:
-        rows = self.model.parent / "rows.json"
+        return self.arguments_in(self.path, self.model, methods)
+
+    @staticmethod
+    def arguments_in(path: Path, model: Path, methods: str) -> list[str]:
+        rows = str(model.parent / "rows.json")
         return [
-            *("compare", str(self.path / "x.toml"), "--methods", methods, "--output", str(self.path / "out")),
-            *("--model", str(self.model), "--train", str(rows), "--eval", str(rows), "--json"),
+            *("compare", str(path / "x.toml"), "--methods", methods, "--output", str(path / "out")),
+            *("--model", str(model), "--train", rows, "--eval", rows, "--json"),
         ]
 
 
 @pytest.fixture(scope="module")
-def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     path = tmp_path_factory.mktemp("compare")
     (path / "x.toml").write_text(
         "train_rows = 8\neval_rows = 2\nseeds = 1\nforgetting = false\ndtype = 'float32'\n"
         "[settings.long]\nof = 'prefix'\nlength = 600\n",
         encoding="utf-8",
     )
-    found = Folder(path, model, Result)  # type: ignore[arg-type]
-    found.first = invoke(*found.arguments("long,prefix"))
-    return found
+    plan = make_plan(
+        model, train_rows=8, eval_rows=2, forgetting=False, max_steps=None, max_new_tokens=None, settings={}
+    )
+    (path / "out").mkdir()
+    make_rows(plan).write(path / "out" / "data.json", key=plan.data_key())  # saves the time of a process
+    arguments = Folder.arguments_in(path, model, "long,prefix")
+    return Folder(path, model, invoke(*arguments))
 
 
 def test_a_failed_cell_is_told_and_loses_no_other(folder: Folder) -> None:
@@ -308,6 +315,23 @@ def test_a_finished_cell_is_not_run_again(folder: Folder) -> None:
     assert "1 of 1 cells are finished already" in again.stderr
     assert cell.stat().st_mtime_ns == before
     assert json.loads(again.stdout)["rows"] == json.loads(folder.first.stdout)["rows"]
+
+
+def test_rows_that_cannot_be_read_are_told_with_their_file(folder: Folder, tmp_path: Path) -> None:
+    options = (
+        "--train",
+        "none.json",
+        "--eval",
+        "none.json",
+        "--methods",
+        "base",
+        "--output",
+        tmp_path / "out",
+    )
+    result = invoke("compare", *options)
+    assert result.exit_code == 1
+    assert "error: none.json: no such file" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_report_makes_the_page_again_from_the_folder(folder: Folder) -> None:

@@ -31,6 +31,7 @@ from prefixtune.train import planned_steps, trainer_for
 
 __all__ = ["run_cell"]
 
+BATCH = 16  # answers at a time
 SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
 NEVER = 10**9
 
@@ -289,7 +290,7 @@ def _answers(
 ) -> dict[str, float]:
     asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
     limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
-    answers = generate_batch(contender.model, tokenizer, asked, max_new_tokens=limit)
+    answers = generate_batch(contender.model, tokenizer, asked, max_new_tokens=limit, batch_size=BATCH)
     lines = [
         json.dumps(
             {"prompt": question.text, "references": question.references, "prediction": answer},

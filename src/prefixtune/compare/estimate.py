@@ -13,7 +13,7 @@ from prefixtune.config import TrainConfig
 __all__ = ["Forecast", "spelled"]
 
 START_SECONDS = 12.0  # interpreter, imports, loading a small model
-BATCH = 8  # answers at a time, see generate_batch
+BATCH = 16  # answers at a time, as in `cell`
 CHARACTERS = 3.5  # of a token of an answer; the longest of a batch counts, and most are shorter
 # passes forward that a token of training costs, with the backward pass: more where weights have gradients
 COST = {"full": 4.5, "lora": 3.5}

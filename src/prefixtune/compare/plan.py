@@ -64,8 +64,11 @@ class CompareConfig(_Config):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> CompareConfig:
-        """As `from_dict`, and one number of train_rows is a list of one."""
+        """As `from_dict`; one number or name is a list of one, and names may have commas between them."""
         values = dict(values)
+        for name in ("methods", "metrics"):
+            if isinstance(values.get(name), str):
+                values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
         if isinstance(values.get("train_rows"), int):
             values["train_rows"] = (values["train_rows"],)
         return cls.from_dict(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = ["make_rows"]
 
 NEUTRAL_SEED = 0
 TIMED_ROWS = 16
+LOSS_REFERENCES = 2  # of an input: more cost time and change the mean over tokens little
 
 
 def make_rows(plan: Plan) -> Rows:
@@ -47,14 +49,14 @@ def make_rows(plan: Plan) -> Rows:
     note(f"training rows: {report.summary()}")
     questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows)
     examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
-    note(f"evaluation rows of {len(questions)} inputs: {eval_report.summary()}")
+    note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
     check_ids(base.model, (example.input_ids for example in [*train, *examples]))
     about = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "dtype_reason": base.dtype_reason,
         "model": config.model,
         "training": report.summary(),
-        "evaluation": f"{len(questions)} inputs with {eval_report.summary()}",
+        "evaluation": f"{len(questions)} inputs; loss on {eval_report.summary()}",
         "machine": describe_machine(),
     }
     texts, losses, seconds = _neutral(base) if config.forgetting else (None, [], None)
@@ -76,18 +78,21 @@ def make_rows(plan: Plan) -> Rows:
 def _evaluation(
     rows: Sequence[Row], tokenizer: Any, data: DataConfig, inputs: int
 ) -> tuple[list[Question], list[Row]]:
-    """The first inputs with all their references, and the rows that they are from."""
+    """The first inputs with all their references, and the rows that the loss is measured on."""
     first = inputs_of(rows, tokenizer, data)[:inputs]
     wanted = {one.prompt.input_ids for one in first}
     questions = [
         Question(input_ids=one.prompt.input_ids, text=one.prompt.text, references=tuple(one.references))
         for one in first
     ]
-    # one by one: where a row stands does not tell it from others, as all of a JSON file may be on one line
-    asked = [build_prompts([row], tokenizer, data) for row in rows]
-    return questions, [
-        row for row, prompts in zip(rows, asked, strict=True) if prompts and prompts[0].input_ids in wanted
-    ]
+    counts: Counter[tuple[int, ...]] = Counter()
+    kept = []
+    for row in rows:
+        for prompt in build_prompts([row], tokenizer, data):  # none of a row that is dropped
+            counts[prompt.input_ids] += 1
+            if prompt.input_ids in wanted and counts[prompt.input_ids] <= LOSS_REFERENCES:
+                kept.append(row)
+    return questions, kept
 
 
 def _neutral(base: LoadedBase) -> tuple[NeutralTexts, list[float], float]:

@@ -31,7 +31,7 @@ class Rows:
 
     Attributes:
         train: in the order of the file.
-        eval: all rows of the questions.
+        eval: rows of the questions, for the loss.
         neutral: text that the base wrote itself, for forgetting; empty where that is not measured.
         neutral_losses: the base's loss on each text of it, in nats.
         about: counts and settings that the report shows; no part of the hash.
