@@ -9,9 +9,12 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from prefixtune.compare.plan import Plan, plan_of
 from prefixtune.compare.rows import Rows, write_json
@@ -36,7 +39,8 @@ def main() -> None:
         traceback.print_exc()
         write_json(Path(task["failure"]), _described(error))
         raise SystemExit(1) from None
-    write_json(result, {**task["about"], **found})
+    seconds = time.time() - psutil.Process().create_time()  # with the start of the interpreter
+    write_json(result, {**task["about"], **found, "wall_seconds": seconds})
 
 
 def _run(plan: Plan, task: dict[str, Any]) -> dict[str, Any]:

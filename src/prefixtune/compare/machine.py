@@ -14,7 +14,7 @@ __all__ = ["describe_machine", "shown_command", "versions"]
 
 PACKAGES = (
     *("prefixtune", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
-    *("sacrebleu", "rouge-score"),
+    *("sacrebleu", "rouge_score"),
 )
 
 

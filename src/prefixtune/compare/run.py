@@ -120,7 +120,7 @@ def _child(
                 child.wait()
             assert child.stdin is not None
             child.stdin.close()
-    files["task.json"].unlink(missing_ok=True)
+            files["task.json"].unlink(missing_ok=True)
     if code == 0:
         return None
     if files["failed.json"].is_file():
@@ -189,10 +189,9 @@ class _Bench:
         failure = _child(self.plan, self.output, name=cell.name, result=path, cell=cell, about=about)
         seconds = time.perf_counter() - start
         if failure is None:
-            found = json.loads(path.read_text(encoding="utf-8")) | {"wall_seconds": seconds}
-            write_json(path, found)
+            found = json.loads(path.read_text(encoding="utf-8"))
             self.done[cell.name] = found
-            forecast.learn(cell, seconds)
+            forecast.learn(cell, found["wall_seconds"])
             said = f"dev loss {found['dev_loss']:.4f}"
             said += "".join(f", {name} {value:.4g}" for name, value in found["metrics"].items())
         else:
