@@ -92,6 +92,8 @@ def compare(
         raise ConfigError("there is no folder for the comparison", hint="name it with --output")
     for method in plan.methods:
         say(f"{method.name}: {_settings(method.shown()) or _without(method)}")
+    if any(":" in name for name in plan.config.metrics) and not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))  # as the children have it: the user's own metric is there
     command = room.shown_command("prefixtune", sys.argv[1:])
     found = room.compare(plan, folder, command=command)
     _report(folder)

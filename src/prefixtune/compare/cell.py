@@ -26,7 +26,7 @@ from prefixtune.geometry import quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
-from prefixtune.metrics import score
+from prefixtune.metrics import Scores, measure
 from prefixtune.train import planned_steps, trainer_for
 
 __all__ = ["run_cell"]
@@ -270,9 +270,10 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
         raise RunError(
             "the training diverged: the loss is no longer finite", hint="use a lower learning_rate"
         )
-    found: dict[str, Any] = {"dev_loss": loss, "metrics": {}, "forgetting": None}
+    found: dict[str, Any] = {"dev_loss": loss, "metrics": {}, "metric_settings": {}, "forgetting": None}
     if plan.config.metrics:
-        found["metrics"] = _answers(plan, contender, tokenizer, rows.questions, folder)
+        scores = _answers(plan, contender, tokenizer, rows.questions, folder)
+        found |= {"metrics": scores.values, "metric_settings": scores.settings}
     if rows.neutral:
         if before:
             neutral = [_after(before, example, tokenizer) for example in rows.neutral]
@@ -287,7 +288,7 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
 
 def _answers(
     plan: Plan, contender: Contender, tokenizer: Any, questions: Sequence[Question], folder: Path
-) -> dict[str, float]:
+) -> Scores:
     asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
     limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
     answers = generate_batch(contender.model, tokenizer, asked, max_new_tokens=limit, batch_size=BATCH)
@@ -299,7 +300,7 @@ def _answers(
         for question, answer in zip(questions, answers, strict=True)
     ]
     (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return score(plan.config.metrics, answers, [question.references for question in questions])
+    return measure(plan.config.metrics, answers, [question.references for question in questions])
 
 
 def _longest(questions: Sequence[Question], tokenizer: Any, limit: int) -> int:

@@ -221,6 +221,7 @@ class _Bench:
                 for method in plan.methods
             },
             "compared": {**plan.config.to_dict(), "data": plan.data.to_dict()},
+            "metric_settings": next((cell["metric_settings"] for cell in self.done.values()), {}),
             "seeds": list(range(1, plan.config.seeds + 1)),
             "data": {name: self.rows.about[name] for name in ("training", "evaluation", "neutral")},
             "dtype": self.rows.about["dtype_reason"],

@@ -89,7 +89,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 def _brief(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _about(found: Mapping[str, Any]) -> list[str]:
@@ -102,6 +102,7 @@ def _about(found: Mapping[str, Any]) -> list[str]:
         f"- command: `{found['command']}`",
         f"- training rows: {data['training']}",
         f"- evaluation: {data['evaluation']}",
+        f"- metrics: {_pairs(found['metric_settings']) or 'none'}",
         f"- neutral text: {data['neutral'] or 'none'}",
         f"- seeds: {', '.join(map(str, found['seeds']))}; precision: {found['dtype']}",
         f"- machine: {place}",
