@@ -183,14 +183,7 @@ def _peer(
     count = _trainable(trainer.model)
     seen, seconds = _train(trainer)
     model = trainer.model
-    if cell.method.of == "full":
-        model.to(precision)  # as the base is served; its own gradients are not needed any more
-        model.zero_grad(set_to_none=True)
-        model.requires_grad_(False)
-        size = sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.parameters()}.values())
-    else:
-        model.save_pretrained(str(folder))
-        size = sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
+    size = _served(model, precision) if cell.method.of == "full" else _saved(model, folder)
     return Contender(
         model=model,
         trainable_parameters=count,
@@ -206,6 +199,19 @@ def _peer(
         losses=_losses(trainer),
         rows_seen=seen,
     )
+
+
+def _served(model: Any, precision: Any) -> int:
+    """Bytes of all weights, which are brought to the precision that the base is served in."""
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False).to(precision)
+    return sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.parameters()}.values())
+
+
+def _saved(model: Any, folder: Path) -> int:
+    """Bytes of PEFT's file."""
+    model.save_pretrained(str(folder))
+    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
 
 
 def _rank(model: Any) -> dict[str, Any]:

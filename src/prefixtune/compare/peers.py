@@ -196,15 +196,28 @@ def peer_trainer(
     batch = shared.per_device_train_batch_size
     packs = Passes.of(base.model, capacity=PASS_TOKENS, pad_token_id=pad_token_id).packing
     model = peer_model(of, base.model, settings, length=length, start=start)
-    arguments = TrainingArguments(
+    warmup = math.ceil(settings.warmup_ratio * steps)
+    return PeerTrainer(
+        model=model,
+        args=_arguments(settings, shared, output, warmup_steps=warmup),
+        train_dataset=list(examples),
+        data_collator=Collator(pad_token_id),
+        pad_token_id=pad_token_id,
+        group_size=1 if packs else batch,
+        cast=precision if of == "full" else None,
+    )
+
+
+def _arguments(settings: PeerConfig, shared: TrainConfig, output: Path, *, warmup_steps: int) -> Any:
+    return TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=shared.per_device_train_batch_size,
         gradient_accumulation_steps=shared.gradient_accumulation_steps,
         num_train_epochs=shared.num_train_epochs,
         max_steps=shared.max_steps or -1,
         seed=shared.seed,
         learning_rate=settings.learning_rate,
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        warmup_steps=warmup_steps,
         lr_scheduler_type=settings.lr_scheduler_type,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -216,13 +229,4 @@ def peer_trainer(
         log_level="error",
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    return PeerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(examples),
-        data_collator=Collator(pad_token_id),
-        pad_token_id=pad_token_id,
-        group_size=1 if packs else batch,
-        cast=precision if of == "full" else None,
     )

@@ -121,14 +121,17 @@ def _child(
             assert child.stdin is not None
             child.stdin.close()
             files["task.json"].unlink(missing_ok=True)
-    if code == 0:
-        return None
-    if files["failed.json"].is_file():
-        found: dict[str, Any] = json.loads(files["failed.json"].read_text(encoding="utf-8"))
+    return None if code == 0 else _failure(code, files["failed.json"], files["log"])
+
+
+def _failure(code: int, told: Path, log: Path) -> dict[str, Any]:
+    """What a child said of its failure; else how it ended, and the last line of its log."""
+    if told.is_file():
+        found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
         return found
     ended = f"ended by signal {-code}; is the memory full?" if code < 0 else f"ended with code {code}"
-    lines = files["log"].read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return {"kind": "RunError", "message": ": ".join([ended, *lines[-1:]]), "hint": f"see {files['log']}"}
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return {"kind": "RunError", "message": ": ".join([ended, *lines[-1:]]), "hint": f"see {log}"}
 
 
 @dataclass
