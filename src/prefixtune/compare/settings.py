@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
         _method("lora", learning_rate=5e-3, targets="qv"),
         _method("lora-all-linear", "lora", learning_rate=5e-3, targets="all-linear"),
         _method("prompt-tuning", learning_rate=3e-1, init="text"),
-        _method("p-tuning", learning_rate=1e-3),
+        _method("p-tuning", learning_rate=1e-2),
         _method("prefix"),
         _method("prefix+projection", "prefix", projection=True),
         _method("peft-prefix", learning_rate=1e-2, init="text"),
