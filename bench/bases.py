@@ -96,14 +96,8 @@ def parameters(model: Any) -> int:
     return sum(tensor.numel() * packed.get(type(tensor).__name__, 1) for tensor in model.parameters())
 
 
-def matmul_layers(model: Any) -> dict[str, Any]:
-    """The layers that multiply by a weight matrix, the head among them, by name."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-
-
 def matmul_parameters(model: Any) -> int:
     """Weights that every token is multiplied by: an embedding is looked up, unless it is the head too."""
+    from prefixtune.compare.peers import matmul_layers
+
     return sum(layer.weight.numel() for layer in matmul_layers(model).values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bases import Base, matmul_layers
+from bases import Base
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
 
@@ -99,25 +99,18 @@ def make_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
 
 
 def _our_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
-    """What `prefixtune.train.train` builds from the same options, without its folder. The only place that
-    knows how our trainer is put together."""
-    from transformers import set_seed
-
-    from prefixtune.model import PrefixModel
-    from prefixtune.train.session import _prefix_config, _resolve, make_trainer
+    from prefixtune.train import trainer_for
 
     options: dict[str, Any] = {"num_train_epochs": float(job.epochs), "logging_steps": 1, "seed": job.seed}
     if not job.saves:
         options["save_steps"] = 10**9
-    config = TrainConfig(**options, **contestant.options, report_to="none")
-    examples, loaded = list(job.rows), base.loaded()
-    set_seed(config.seed)
-    asked = {"length": PREFIX_LENGTH, "projection": contestant.projection}
-    prefix = _prefix_config(None, asked, loaded, examples)
-    resolved = _resolve(config, prefix, loaded, examples)
-    model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
-    trainer = make_trainer(
-        model, config, resolved, job.output, rows=(examples, None), pad_token_id=base.pad_token_id
+    trainer, _ = trainer_for(
+        base.loaded(),
+        list(job.rows),
+        prefix_options={"length": PREFIX_LENGTH, "projection": contestant.projection},
+        config=TrainConfig(**options, **contestant.options, report_to="none"),
+        output=job.output,
+        pad_token_id=base.pad_token_id,
     )
     _on_device(trainer.args, job.device)
     return trainer
@@ -163,39 +156,11 @@ def _peer_trainer(contestant: Contestant, base: Base, job: Job) -> Any:
 
 
 def _peer_model(contestant: Contestant, base: Base) -> Any:
-    if contestant.method == "full":
+    from prefixtune.compare import PeerConfig
+    from prefixtune.compare.peers import peer_model
+
+    if contestant.method == "full":  # in the base's own precision, as the tutorial has it
         base.model.requires_grad_(True)
         return base.model
-    from peft import PrefixTuningConfig, PromptEncoderConfig, TaskType, get_peft_model
-
-    same = {"task_type": TaskType.CAUSAL_LM}
-    if contestant.method == "peft-prefix":
-        config = PrefixTuningConfig(
-            **same, num_virtual_tokens=PREFIX_LENGTH, prefix_projection=contestant.projection
-        )
-    elif contestant.method == "p-tuning":
-        config = PromptEncoderConfig(**same, num_virtual_tokens=PREFIX_LENGTH)
-    else:
-        config = _lora(base, same)
-    return get_peft_model(base.model, config)
-
-
-def _lora(base: Base, same: dict[str, Any]) -> Any:
-    """LoRA with as many trainable numbers as the prefix: on queries and values, or on all linear layers,
-    with the rank that comes nearest; of two that come as near, the first."""
-    from peft import LoraConfig
-
-    from prefixtune.geometry import Geometry
-
-    aim = PREFIX_LENGTH * Geometry.probe(base.model).numbers_per_token
-    linear = {
-        name: layer for name, layer in matmul_layers(base.model).items() if "lm_head" not in name
-    }  # PEFT's all-linear leaves the head out too
-    narrow = [name for name in linear if name.endswith(("q_proj", "v_proj", "query_key_value"))]
-    choices = []
-    for names in filter(None, (narrow, list(linear))):
-        per_rank = sum(sum(linear[name].weight.shape) for name in names)
-        rank = max(1, round(aim / per_rank))
-        choices.append((abs(rank * per_rank - aim), rank, names))
-    _, rank, names = min(choices, key=lambda choice: choice[0])
-    return LoraConfig(**same, r=rank, lora_alpha=2 * rank, target_modules=names)
+    settings = PeerConfig(init="random", targets="nearest", projection=contestant.projection)
+    return peer_model(contestant.method, base.model, settings, length=PREFIX_LENGTH)

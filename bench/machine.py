@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-PACKAGES = ("prefixtune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+from prefixtune.compare import describe_machine, shown_command, versions
+
+__all__ = [
+    "command",
+    "describe_machine",
+    "forget_peak",
+    "free_memory",
+    "matmul_peak",
+    "memory_of_process",
+    "versions",
+]
+
 PEAK_SIZE, PEAK_RUNS = 2048, 12
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory and accelerator, as far as a benchmark needs them."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _cpuinfo("model name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "bf16_instructions": sorted({"amx_bf16", "avx512_bf16"} & set(_cpuinfo("flags").split())),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": gpu,
-    }
-
-
-def _cpuinfo(field: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def matmul_peak() -> dict[str, float]:
@@ -52,24 +36,9 @@ def matmul_peak() -> dict[str, float]:
     return {name: 2 * PEAK_SIZE**3 / seconds for name, seconds in best.items()}
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed among those that matter."""
-    installed = {package.metadata["Name"] for package in importlib.metadata.distributions()}
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-    return {"python": platform.python_version(), **found}
-
-
 def command() -> str:
     """The command line, without the folders of this machine."""
-    return shlex.join(
-        ["python", *(_shown(word) for word in (f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]))]
-    )
-
-
-def _shown(word: str) -> str:
-    option, _, value = word.rpartition("=")
-    name = Path(value).name if Path(value).is_absolute() else value
-    return f"{option}={name}" if option else name
+    return shown_command(f"python bench/{Path(sys.argv[0]).name}", sys.argv[1:])
 
 
 def memory_of_process() -> dict[str, int]:

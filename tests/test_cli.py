@@ -25,7 +25,20 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from tokenizers_for_tests import CHATML, byte_tokenizer
 
 BLOOM = {"model_type": "bloom", "vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16}
-COMMANDS = ("quickstart", "estimate", "train", "evaluate", "generate", "chat", "inspect", "data")
+COMMANDS = (
+    *(
+        "quickstart",
+        "estimate",
+        "train",
+        "evaluate",
+        "generate",
+        "chat",
+        "compare",
+        "report",
+        "inspect",
+        "data",
+    ),
+)
 
 
 def run(*args: Any, stdin: str | None = None) -> Result:

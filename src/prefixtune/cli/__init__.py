@@ -6,6 +6,7 @@ import click
 
 from prefixtune import __version__
 from prefixtune.cli.chat import chat
+from prefixtune.cli.compare import compare, report
 from prefixtune.cli.data import data
 from prefixtune.cli.estimate import estimate
 from prefixtune.cli.evaluate import evaluate
@@ -30,5 +31,5 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (quickstart, estimate, train, evaluate, generate, chat, inspect, data):
+for _command in (quickstart, estimate, train, evaluate, generate, chat, compare, report, inspect, data):
     main.add_command(_command)

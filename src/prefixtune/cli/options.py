@@ -51,7 +51,10 @@ class TokenIds(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
 
 def config_options(
-    *sections: str, only: Sequence[str] = (), defaults: Mapping[str, str] | None = None
+    *sections: str,
+    only: Sequence[str] = (),
+    defaults: Mapping[str, str] | None = None,
+    files: bool = True,
 ) -> Callable[[Command], Command]:
     """Give a command one option per field of the sections' dataclasses, and --config and --set.
 
@@ -61,6 +64,7 @@ def config_options(
         sections: of "prefix", "data" and "train".
         only: these fields; all of them unless given.
         defaults: what the help says instead of a field's default, by field name.
+        files: add --config and --set; a command may have a file of its own.
     """
     knobs = {
         section: [field for field in dataclasses.fields(SECTIONS[section]) if not only or field.name in only]
@@ -82,8 +86,10 @@ def config_options(
             for field in reversed(knobs[section]):  # decorators stack from the bottom
                 shown = (defaults or {}).get(field.name, _shown(field.default))
                 _add_knob(collected, section, field, kind=_kind(hints[field.name]), shown=shown)
-        _add(collected, "--set", metavar="KEY=VALUE", multiple=True, callback=_take_set, help=_SET_HELP)
-        _add(collected, "--config", type=click.Path(path_type=Path), callback=_take_config, help=_CONFIG_HELP)
+        if files:
+            path = click.Path(path_type=Path)
+            _add(collected, "--set", metavar="KEY=VALUE", multiple=True, callback=_take_set, help=_SET_HELP)
+            _add(collected, "--config", type=path, callback=_take_config, help=_CONFIG_HELP)
         return collected
 
     return decorate

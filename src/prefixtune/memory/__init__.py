@@ -8,6 +8,7 @@ from prefixtune.memory.estimate import Advice, Estimate, check_fit, estimate, re
 from prefixtune.memory.host import (
     budget,
     explain_full_memory,
+    forget_peak,
     measured_peak,
     resident,
     return_freed_memory,
@@ -25,6 +26,7 @@ __all__ = [
     "check_fit",
     "estimate",
     "explain_full_memory",
+    "forget_peak",
     "measure_step",
     "measured_peak",
     "readable",

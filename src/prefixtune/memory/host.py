@@ -18,7 +18,15 @@ import torch
 
 from prefixtune.errors import OutOfMemoryError
 
-__all__ = ["budget", "explain_full_memory", "group_room", "measured_peak", "resident", "return_freed_memory"]
+__all__ = [
+    "budget",
+    "explain_full_memory",
+    "forget_peak",
+    "group_room",
+    "measured_peak",
+    "resident",
+    "return_freed_memory",
+]
 
 M_MMAP_THRESHOLD, FROM_BYTES = -3, 4 * 2**20  # malloc.h
 GROUPS = Path("/sys/fs/cgroup")
@@ -45,6 +53,25 @@ def resident(device: str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
+
+
+def forget_peak(device: str = "cpu") -> bool:
+    """Let `measured_peak` begin anew at what is in use now, freed memory given back. False where it cannot.
+
+    So that a peak while loading does not hide that of what comes after.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
+    except OSError:  # not Linux, or not allowed
+        return False
+    return True
 
 
 def budget(device: str = "cpu") -> int:

@@ -1,0 +1,331 @@
+"""One cell: load the base, train a method on it, measure it. Runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, set_seed
+
+from prefixtune.compare.peers import peer_trainer
+from prefixtune.compare.plan import Cell, Plan
+from prefixtune.compare.rows import Question, Rows
+from prefixtune.config import TrainConfig
+from prefixtune.data import Example
+from prefixtune.errors import RunError
+from prefixtune.forgetting import NeutralTexts, forgetting
+from prefixtune.generate import ending, generate_batch
+from prefixtune.geometry import quiet_eval
+from prefixtune.likelihood import row_losses
+from prefixtune.load import LoadedBase, load_base
+from prefixtune.memory import forget_peak, measured_peak, resident
+from prefixtune.metrics import Scores, measure
+from prefixtune.train import planned_steps, trainer_for
+
+__all__ = ["run_cell"]
+
+BATCH = 16  # answers at a time
+SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
+NEVER = 10**9
+
+
+@dataclass
+class Contender:
+    """What a method came to: a model that is ready to be measured, and what it took.
+
+    Attributes:
+        context: token ids that stand before each row.
+        rows_seen: a hash of the training rows in the order in which they came.
+    """
+
+    model: Any
+    trainable_parameters: int = 0
+    file_bytes: int = 0
+    train_seconds: float | None = None
+    trained_tokens: int = 0
+    resolved: dict[str, Any] = field(default_factory=dict)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    context: tuple[int, ...] = ()
+    rows_seen: str | None = None
+
+
+def run_cell(plan: Plan, cell: Cell, rows: Rows, folder: Path) -> dict[str, Any]:
+    """Train and measure; `folder` gets what was trained, and the answers.
+
+    Raises:
+        RunError: the training diverged.
+        PrefixTuneError: the method does not work on this model or these rows.
+    """
+    begin = time.perf_counter()
+    dtype = rows.about["dtype"]
+    base = load_base(plan.config.model, dtype="float32" if cell.method.of == "full" else dtype)
+    place = str(base.model.device)
+    forget_peak(place)  # what loading took is no method's
+    initial = resident(place)
+    loaded = time.perf_counter()
+    contender = _contender(plan, cell, base, rows, folder, dtype)
+    peak = measured_peak(place)
+    trained = time.perf_counter()
+    found = _measure(plan, contender, base.tokenizer, rows, folder)
+    seconds = contender.train_seconds
+    return {
+        "trainable_parameters": contender.trainable_parameters,
+        "file_bytes": contender.file_bytes,
+        "initial_memory_bytes": initial,
+        # a method that trains nothing has its peak where it is measured
+        "peak_memory_bytes": peak if cell.method.trains else measured_peak(place),
+        "train_seconds": seconds,
+        "tokens_per_second": contender.trained_tokens / seconds if seconds else None,
+        **found,
+        "losses": contender.losses,
+        "resolved": contender.resolved,
+        "rows_seen": contender.rows_seen,
+        "seconds": {"load": loaded - begin, "prepare_and_train": trained - loaded}
+        | {"measure": time.perf_counter() - trained},
+    }
+
+
+def _contender(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, folder: Path, dtype: str) -> Contender:
+    examples = list(rows.train[: cell.rows])
+    set_seed(cell.seed)
+    if cell.method.of == "base":
+        return Contender(model=base.model)
+    if cell.method.of == "prompt":
+        return _in_context(plan.config.instruction, base, examples)
+    schedule = {**plan.config.schedule, "seed": cell.seed}
+    if cell.method.of == "prefix":
+        return _ours(cell, base, examples, schedule, folder)
+    return _peer(plan, cell, base, examples, schedule, folder, dtype)
+
+
+def _in_context(instruction: str | None, base: LoadedBase, examples: Sequence[Example]) -> Contender:
+    """The bare model with the instruction before each row, or the first training row for an example."""
+    tokenizer: Any = base.tokenizer
+    if instruction is not None:
+        ids = tuple(tokenizer(instruction.rstrip("\n") + "\n")["input_ids"])
+        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
+    else:
+        ids = examples[0].input_ids
+        instruction = tokenizer.decode(ids)
+    resolved = {"text": instruction, "tokens": len(ids)}
+    return Contender(model=base.model, context=ids, file_bytes=len(instruction.encode()), resolved=resolved)
+
+
+def _ours(
+    cell: Cell, base: LoadedBase, examples: list[Example], schedule: Mapping[str, Any], folder: Path
+) -> Contender:
+    """Our own trainer with its defaults; checkpoints are left out, because the others write none."""
+    options = {"save_steps": NEVER, "logging_steps": 1, "report_to": "none"}
+    config = TrainConfig(**{**options, **cell.method.train_options, **schedule})
+    trainer, resolved = trainer_for(
+        base, examples, prefix_options=cell.method.prefix_options, config=config, output=folder
+    )
+    trainer.remove_callback(PrinterCallback)
+    seen, seconds = _train(trainer)
+    model = trainer.model
+    with quiet_eval(model):
+        model.save_pretrained(folder)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    prefix = {name: value for name, value in resolved["prefix"].items() if value is not None}
+    return Contender(
+        model=model,
+        trainable_parameters=_trainable(model),
+        file_bytes=(folder / "prefix.safetensors").stat().st_size,
+        train_seconds=seconds,
+        trained_tokens=_tokens(trainer, examples),
+        resolved={
+            "steps": resolved["steps"],
+            "learning_rate": resolved["learning_rate"],
+            "batch": config.per_device_train_batch_size,
+            **prefix,
+        },
+        losses=_losses(trainer),
+        rows_seen=seen,
+    )
+
+
+def _peer(
+    plan: Plan,
+    cell: Cell,
+    base: LoadedBase,
+    examples: list[Example],
+    schedule: Mapping[str, Any],
+    folder: Path,
+    dtype: str,
+) -> Contender:
+    import torch
+
+    shared = TrainConfig(**schedule)
+    precision = getattr(torch, dtype)
+    trainer = peer_trainer(
+        cell.method.of,
+        base,
+        examples,
+        cell.method.peer,
+        shared=shared,
+        steps=planned_steps(shared, len(examples)),
+        output=folder,
+        length=plan.prefix_length,
+        start=_first_tokens(examples),
+        pad_token_id=ending(base.model, base.tokenizer)["pad_token_id"],
+        precision=precision,
+    )
+    trainer.remove_callback(PrinterCallback)
+    count = _trainable(trainer.model)
+    seen, seconds = _train(trainer)
+    model = trainer.model
+    size = _served(model, precision) if cell.method.of == "full" else _saved(model, folder)
+    return Contender(
+        model=model,
+        trainable_parameters=count,
+        file_bytes=size,
+        train_seconds=seconds,
+        trained_tokens=_tokens(trainer, examples),
+        resolved={
+            "steps": trainer.state.max_steps,
+            "batch": shared.per_device_train_batch_size,
+            **cell.method.shown(),
+            **_rank(model),
+        },
+        losses=_losses(trainer),
+        rows_seen=seen,
+    )
+
+
+def _served(model: Any, precision: Any) -> int:
+    """Bytes of all weights, which are brought to the precision that the base is served in."""
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False).to(precision)
+    return sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.parameters()}.values())
+
+
+def _saved(model: Any, folder: Path) -> int:
+    """Bytes of PEFT's file."""
+    model.save_pretrained(str(folder))
+    return sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
+
+
+def _rank(model: Any) -> dict[str, Any]:
+    """What the sizes that were left open came to."""
+    found: dict[str, Any] = {}
+    for config in getattr(model, "peft_config", {}).values():
+        names = {"rank": "r", "length": "num_virtual_tokens"}
+        found |= {name: getattr(config, field) for name, field in names.items() if hasattr(config, field)}
+    return found
+
+
+def _first_tokens(examples: Sequence[Example], enough: int = 256) -> list[int]:
+    """Where text starts come from: the first training rows, as for our own prefix."""
+    tokens: list[int] = []
+    for example in examples:
+        tokens += example.input_ids
+        if len(tokens) >= enough:
+            break
+    return tokens
+
+
+def _train(trainer: Any) -> tuple[str, float]:
+    """Train to the end: a hash of the rows in the order in which they came, and the seconds."""
+    seen = sha256()
+    collate = trainer.data_collator
+
+    def recorded(examples: Sequence[Example]) -> Any:
+        for example in examples:
+            seen.update(json.dumps(example.input_ids).encode())
+        return collate(examples)
+
+    trainer.data_collator = recorded
+    start = time.perf_counter()
+    trainer.train()
+    return seen.hexdigest(), time.perf_counter() - start
+
+
+def _trainable(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _tokens(trainer: Any, examples: Sequence[Example]) -> int:
+    """Real tokens that were trained on, prompts among them; no padding and no virtual tokens."""
+    return round(float(trainer.state.epoch) * sum(len(example.input_ids) for example in examples))
+
+
+def _losses(trainer: Any) -> list[tuple[int, float]]:
+    history = trainer.state.log_history
+    return [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folder: Path) -> dict[str, Any]:
+    model, before = contender.model, contender.context
+    examples = [_after(before, example, tokenizer) for example in rows.eval]
+    pad = ending(model, tokenizer)["pad_token_id"]
+    nats = sum(row_losses(model, examples, pad_token_id=pad))
+    loss = nats / sum(example.target_tokens for example in examples)
+    if not math.isfinite(loss):
+        raise RunError(
+            "the training diverged: the loss is no longer finite", hint="use a lower learning_rate"
+        )
+    found: dict[str, Any] = {"dev_loss": loss, "metrics": {}, "metric_settings": {}, "forgetting": None}
+    if plan.config.metrics:
+        scores = _answers(plan, contender, tokenizer, rows.questions, folder)
+        found |= {"metrics": scores.values, "metric_settings": scores.settings}
+    if rows.neutral:
+        if before:
+            neutral = [_after(before, example, tokenizer) for example in rows.neutral]
+        else:
+            neutral = list(rows.neutral)
+        texts = NeutralTexts(rows=tuple(neutral), source=rows.about["neutral"])
+        found["forgetting"] = forgetting(
+            model, None, tokenizer, texts=texts, base_losses=rows.neutral_losses
+        ).rise
+    return found
+
+
+def _answers(
+    plan: Plan, contender: Contender, tokenizer: Any, questions: Sequence[Question], folder: Path
+) -> Scores:
+    asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
+    limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
+    answers = generate_batch(contender.model, tokenizer, asked, max_new_tokens=limit, batch_size=BATCH)
+    lines = [
+        json.dumps(
+            {"prompt": question.text, "references": question.references, "prediction": answer},
+            ensure_ascii=False,
+        )
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return measure(plan.config.metrics, answers, [question.references for question in questions])
+
+
+def _longest(questions: Sequence[Question], tokenizer: Any, limit: int) -> int:
+    texts = [reference for question in questions for reference in question.references]
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    return min(longest + SPARE_TOKENS, limit)  # longer ones were cut in training too
+
+
+def _after(before: Sequence[int], example: Example, tokenizer: Any) -> Example:
+    """The row with other tokens before it, which are no targets."""
+    if not before:
+        return example
+    ids = _joined(before, example.input_ids, tokenizer)
+    dropped = len(before) + len(example.input_ids) - len(ids)
+    return replace(example, input_ids=ids, labels=(*[-100] * len(before), *example.labels[dropped:]))
+
+
+def _joined(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """One text after the other, with one token for the beginning."""
+    if before and ids[0] == tokenizer.bos_token_id == before[0]:
+        ids = ids[1:]
+    return (*before, *ids)

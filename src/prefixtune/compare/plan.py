@@ -1,0 +1,225 @@
+"""What is compared: the options, the file that holds them, and the cells they make. Knows no torch.
+
+A cell is one method with one seed on one number of training rows, and runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefixtune.compare.settings import Method, methods_of
+from prefixtune.config import DataConfig, PrefixConfig, TrainConfig, _Config, option
+from prefixtune.errors import ConfigError
+
+__all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
+
+DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(_Config):
+    """What is the same for all methods of a comparison."""
+
+    model: str = option("demo", "base model: hub name, folder, .gguf file, or demo")
+    train: str | None = option(None, "rows to train on")
+    eval: str | None = option(None, "rows to measure on; rows with one input are references of one another")
+    methods: tuple[str, ...] = option(DEFAULT_METHODS, "what is compared, with commas between the names")
+    metrics: tuple[str, ...] = option((), "task metrics of generated answers, see prefixtune.metrics")
+    train_rows: tuple[int, ...] = option((), "train on the first so many rows; several numbers are compared")
+    eval_rows: int = option(100, "measure on the first so many inputs, with all their references")
+    seeds: int = option(3, "train with the seeds 1 to this number")
+    num_train_epochs: float | None = option(None, "passes over the training rows; as in train unless given")
+    max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
+    per_device_train_batch_size: int | None = option(None, "rows per step; as in train unless given")
+    instruction: str | None = option(
+        None, "the text that `prompt` puts before each row; the first training row unless given"
+    )
+    max_new_tokens: int | None = option(None, "longest answer in tokens; by the longest reference")
+    forgetting: bool = option(True, "measure the rise of the loss on text that the base itself writes")
+    dtype: str = option(
+        "auto",
+        "precision of the base; what trains is fp32 always",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+    def check(self) -> None:
+        for name in ("methods", "metrics"):
+            if any(not isinstance(value, str) or not value for value in getattr(self, name)):
+                raise ConfigError(f"{name}: expected names; got {getattr(self, name)!r}")
+        if not self.methods:
+            raise ConfigError("methods: expected one at least")
+        if any(not isinstance(rows, int) or rows <= 0 for rows in self.train_rows):
+            raise ConfigError(f"train_rows: expected whole numbers above 0; got {self.train_rows!r}")
+        for name in ("eval_rows", "seeds", "num_train_epochs", "max_steps", "per_device_train_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}: expected more than 0; got {value}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> CompareConfig:
+        """As `from_dict`; one number or name is a list of one, and names may have commas between them."""
+        values = dict(values)
+        for name in ("methods", "metrics"):
+            if isinstance(values.get(name), str):
+                values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+        if isinstance(values.get("train_rows"), int):
+            values["train_rows"] = (values["train_rows"],)
+        return cls.from_dict(values)
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """Options of TrainConfig that all methods share."""
+        names = ("num_train_epochs", "max_steps", "per_device_train_batch_size")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One method with one seed; `rows` is None where all rows are trained on."""
+
+    method: Method
+    seed: int
+    rows: int | None
+    several: bool = False  # numbers of rows are compared, so that they are in the name
+
+    @property
+    def name(self) -> str:
+        method = re.sub(r"[^A-Za-z0-9._+-]", "_", self.method.name)
+        return f"{method}-{self.rows}rows-{self.seed}" if self.several else f"{method}-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A comparison before it begins."""
+
+    config: CompareConfig
+    data: DataConfig
+    methods: tuple[Method, ...]
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that after the first seed there is a whole table. A method that trains nothing has
+        one cell: its numbers know neither seed nor training rows."""
+        found: list[Cell] = []
+        several = len(self.config.train_rows) > 1
+        counts: tuple[int | None, ...] = self.config.train_rows or (None,)
+        for seed in range(1, self.config.seeds + 1):
+            for rows in counts:
+                for method in self.methods:
+                    if method.trains:
+                        found.append(Cell(method=method, seed=seed, rows=rows, several=several))
+                    elif seed == 1 and rows == counts[0]:
+                        found.append(Cell(method=method, seed=seed, rows=None))
+        return found
+
+    @property
+    def prefix_length(self) -> int:
+        """Virtual tokens of the method `prefix`, which the others are matched with, compared or not."""
+        (ours,) = methods_of(("prefix",), self.changes)
+        return PrefixConfig(**{"init": "random", **ours.prefix_options}).length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the arguments of `plan_of`."""
+        settings = {name: dict(table) for name, table in self.changes.items()}
+        return {"values": self.config.to_dict(), "data": self.data.to_dict(), "settings": settings}
+
+    def data_key(self) -> str:
+        """A hash of all that decides which rows there are and how they read."""
+        config = self.config
+        parts = {
+            "model": config.model,
+            "sources": [_file_key(config.train), _file_key(config.eval)],
+            "rows": [max(config.train_rows, default=None), config.eval_rows],  # type: ignore[type-var]
+            "data": self.data.to_dict(),
+            "dtype": config.dtype,
+            "forgetting": config.forgetting,
+        }
+        return digest(parts)
+
+    def cell_key(self, cell: Cell, data: str) -> str:
+        """A hash of all that decides a cell's numbers; `data` is the hash of the rows themselves."""
+        from prefixtune import __version__
+
+        config = self.config
+        parts = {
+            "version": __version__,
+            "data": data,
+            "method": [cell.method.of, dict(cell.method.options)],
+            "seed": cell.seed,
+            "rows": cell.rows,
+            "schedule": {**_defaults(), **config.schedule},
+            "instruction": config.instruction if cell.method.of == "prompt" else None,
+            "metrics": config.metrics,
+            "max_new_tokens": config.max_new_tokens,
+            "prefix_length": self.prefix_length if cell.method.needs_peft else None,
+        }
+        return digest(parts)
+
+
+def digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _defaults() -> dict[str, Any]:
+    names = ("num_train_epochs", "max_steps", "per_device_train_batch_size")
+    return {name: getattr(TrainConfig(), name) for name in names}
+
+
+def _file_key(source: str | None) -> str | None:
+    """The contents of a file; of anything else the name."""
+    path = Path(source) if source else None
+    if path is None or not path.is_file():
+        return source
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The tables of an experiment's TOML file: options of CompareConfig, [data], [settings.METHOD], output.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: this is not TOML: {error}", hint="text is written in quotes") from None
+    for name in ("data", "settings"):
+        if not isinstance(table.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name}: expected a table [{name}]")
+    return table
+
+
+def plan_of(
+    values: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
+    """The plan of options as CompareConfig and DataConfig have them.
+
+    Raises:
+        ConfigError: an option has a wrong value, or there is nothing to train or measure on.
+    """
+    config = CompareConfig.of(values)
+    for name in ("train", "eval"):
+        if getattr(config, name) is None:
+            raise ConfigError(f"there are no rows to {name} on", hint=f"name them with --{name}")
+    changes = settings or {}
+    for name, table in changes.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"settings: expected a table [settings.{name}]; got {table!r}")
+    methods = methods_of(config.methods, changes)
+    return Plan(config=config, data=DataConfig(**(data or {})), methods=methods, changes=changes)

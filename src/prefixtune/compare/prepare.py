@@ -1,0 +1,114 @@
+"""Makes the rows of a comparison, and times the model on some of them. Trains nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from prefixtune.compare.machine import describe_machine
+from prefixtune.compare.plan import Plan
+from prefixtune.compare.rows import Question, Rows
+from prefixtune.config import DataConfig
+from prefixtune.data import Example, Row, build_examples, build_prompts, load_rows, parse_fields
+from prefixtune.errors import DataError
+from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
+from prefixtune.generate import check_ids, ending
+from prefixtune.likelihood import row_losses
+from prefixtune.load import LoadedBase, load_base
+from prefixtune.progress import note
+from prefixtune.task import inputs_of
+
+__all__ = ["make_rows"]
+
+NEUTRAL_SEED = 0
+TIMED_ROWS = 16
+LOSS_REFERENCES = 2  # of an input: more cost time and change the mean over tokens little
+
+
+def make_rows(plan: Plan) -> Rows:
+    """Read and tokenise the rows, sample the neutral text, and say what was found.
+
+    Raises:
+        DataError, ModelError, ConfigError: the input cannot be used.
+    """
+    config = plan.config
+    fields = parse_fields(plan.data.fields)
+    limit = max(config.train_rows, default=None) or plan.data.limit  # type: ignore[type-var]
+    assert config.train is not None
+    assert config.eval is not None
+    read = load_rows(config.train, fields=fields, split=plan.data.split, limit=limit)
+    if config.train_rows and len(read) < max(config.train_rows):
+        raise DataError(f"{config.train}: expected {max(config.train_rows):,} rows; got {len(read):,}")
+    eval_read = load_rows(config.eval, fields=fields, split=plan.data.split)
+    base = load_base(config.model, dtype=config.dtype)
+    if base.tokenizer is None:
+        raise DataError(f"{config.model} has no tokenizer, so rows of text cannot be read")
+    train, report = build_examples(read, base.tokenizer, plan.data)
+    note(f"training rows: {report.summary()}")
+    questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows)
+    examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
+    note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
+    check_ids(base.model, (example.input_ids for example in [*train, *examples]))
+    about = {
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "dtype_reason": base.dtype_reason,
+        "model": config.model,
+        "training": report.summary(),
+        "evaluation": f"{len(questions)} inputs; loss on {eval_report.summary()}",
+        "machine": describe_machine(),
+    }
+    texts, losses, seconds = _neutral(base) if config.forgetting else (None, [], None)
+    return Rows(
+        train=tuple(train),
+        eval=tuple(examples),
+        questions=tuple(questions),
+        neutral=texts.rows if texts else (),
+        neutral_losses=tuple(losses),
+        about={
+            **about,
+            "neutral": texts.source if texts else None,
+            "tokens_per_second": _speed(base, train),
+            "seconds_per_new_token": seconds,
+        },
+    )
+
+
+def _evaluation(
+    rows: Sequence[Row], tokenizer: Any, data: DataConfig, inputs: int
+) -> tuple[list[Question], list[Row]]:
+    """The first inputs with all their references, and the rows that the loss is measured on."""
+    first = inputs_of(rows, tokenizer, data)[:inputs]
+    wanted = {one.prompt.input_ids for one in first}
+    questions = [
+        Question(input_ids=one.prompt.input_ids, text=one.prompt.text, references=tuple(one.references))
+        for one in first
+    ]
+    counts: Counter[tuple[int, ...]] = Counter()
+    kept = []
+    for row in rows:
+        for prompt in build_prompts([row], tokenizer, data):  # none of a row that is dropped
+            counts[prompt.input_ids] += 1
+            if prompt.input_ids in wanted and counts[prompt.input_ids] <= LOSS_REFERENCES:
+                kept.append(row)
+    return questions, kept
+
+
+def _neutral(base: LoadedBase) -> tuple[NeutralTexts, list[float], float]:
+    """The text, the base's loss on it, and the seconds that a new token of a batch took."""
+    start = time.perf_counter()
+    texts = neutral_texts(base.model, base.tokenizer, seed=NEUTRAL_SEED)
+    written = max(row.target_tokens for row in texts.rows) * 2  # two batches
+    seconds = (time.perf_counter() - start) / written
+    return texts, neutral_losses(base.model, base.tokenizer, texts), seconds
+
+
+def _speed(base: LoadedBase, examples: Sequence[Example]) -> float:
+    """Tokens of training rows that go through the model in a second, without gradients."""
+    pad = ending(base.model, base.tokenizer)["pad_token_id"]
+    some = examples[:TIMED_ROWS]
+    row_losses(base.model, some[:2], pad_token_id=pad)
+    start = time.perf_counter()
+    row_losses(base.model, some, pad_token_id=pad)
+    return sum(len(row.input_ids) for row in some) / (time.perf_counter() - start)

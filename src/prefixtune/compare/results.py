@@ -1,0 +1,64 @@
+"""From finished cells to the rows of results.json: means and standard deviations over seeds. Runs nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from prefixtune.compare.plan import Plan
+
+__all__ = ["result_rows", "spread"]
+
+MEANS = (
+    *("initial_memory_bytes", "peak_memory_bytes", "train_seconds"),
+    *("tokens_per_second", "dev_loss"),
+)
+
+
+def result_rows(plan: Plan, cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and number of training rows of which a cell is finished, in the plan's order.
+
+    `cells` are the contents of the cells' files.
+    """
+    finished = list(cells)
+    found = []
+    for count in plan.config.train_rows or (None,):
+        for method in plan.methods:
+            own = [
+                cell
+                for cell in finished
+                if cell["method"] == method.name and (not method.trains or cell["train_rows"] == count)
+            ]
+            if own:
+                found.append(_row(method.name, count, own))
+    return found
+
+
+def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    means = {name: spread([cell[name] for cell in cells])["mean"] for name in MEANS}
+    whole = {
+        name: round(value) for name, value in means.items() if name.endswith("bytes") and value is not None
+    }
+    return {
+        "method": method,
+        "train_rows": count,
+        "seeds": len(cells),
+        **{name: cells[0][name] for name in ("trainable_parameters", "file_bytes")},
+        **means,
+        **whole,
+        "dev_loss_std": spread([cell["dev_loss"] for cell in cells])["std"],
+        "metrics": {name: spread([cell["metrics"][name] for cell in cells]) for name in cells[0]["metrics"]},
+        "forgetting": spread([cell["forgetting"] for cell in cells]),
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; the latter is 0 for one value, and both are None without any."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return {"mean": None, "std": None}
+    return {
+        "mean": statistics.fmean(numbers),
+        "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+    }

@@ -1,0 +1,111 @@
+"""report.md: table, plots, settings, and what the numbers carry with them. Runs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import RunError
+from prefixtune.report.plots import draw
+from prefixtune.report.table import columns_of, markdown
+
+__all__ = ["read_results", "write_report"]
+
+RESULTS, PAGE = "results.json", "report.md"
+LEGEND = (
+    "**trainable** counts numbers that train. **file** is what has to be kept beside the base. "
+    "**initial memory** is that of the process with the base loaded, **peak memory** the most until the end "
+    "of training (of measuring, for what trains nothing): resident on a CPU, allocated on a GPU. "
+    "**tokens/s** counts real tokens of the training, prompts among them. **dev loss** is in nats per target "
+    "token. **forgetting** is the rise of the loss, in nats per token, on text that the base itself wrote. "
+    "± is the standard deviation over seeds."
+)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What a comparison wrote to its folder.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    path = folder / RESULTS
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        columns_of(found["rows"])
+    except FileNotFoundError:
+        raise RunError(
+            f"{folder}: holds no comparison (there is no {RESULTS})", hint="prefixtune compare makes one"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged ({error})", hint="run the comparison again: it goes on") from None
+    return found
+
+
+def write_report(folder: Path, *, plots: bool = True) -> Path:
+    """Write report.md and its plots beside results.json.
+
+    Raises:
+        RunError: there are no results in the folder.
+        MissingExtraError: plots are wanted, and matplotlib is not installed.
+    """
+    found = read_results(folder)
+    cells = [json.loads((folder / name).read_text(encoding="utf-8")) for name in found["cells"]]
+    drawn = draw(found["rows"], cells, folder) if plots and found["rows"] else []
+    page = folder / PAGE
+    page.write_text("\n".join(_page(found, drawn)), encoding="utf-8")
+    return page
+
+
+def _page(found: Mapping[str, Any], drawn: Sequence[tuple[str, str]]) -> list[str]:
+    compared, rows = found["compared"], found["rows"]
+    lines = [f"# {compared['model']}: {', '.join(found['settings'])}", ""]
+    lines += [markdown(columns_of(rows), rows)] if rows else ["No cell is finished.", ""]
+    lines += [LEGEND, ""]
+    for failure in found["failed"]:
+        lines.append(f"- FAILED {failure['method']}, seed {failure['seed']}: {failure['error']}")
+    if found["unfinished"]:
+        lines.append(f"- not finished: {', '.join(found['unfinished'])}")
+    for title, file in drawn:
+        lines += [f"## {title}", "", f"![{title}]({file})", ""]
+    lines += ["## Settings", "", *_settings(found["settings"]), "", *_about(found)]
+    return lines
+
+
+def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = ["| method | settings | what they came to |", "| --- | --- | --- |"]
+    for name, values in settings.items():
+        given = {key: value for key, value in values.items() if key not in ("of", "resolved")}
+        resolved = {key: value for key, value in values["resolved"].items() if given.get(key) != value}
+        lines.append(f"| {name} | {_pairs(given) or 'defaults'} | {_pairs(resolved)} |")
+    return lines
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{name} {_brief(value)}" for name, value in values.items())
+    return shown.replace("|", "\\|").replace("\n", " ")
+
+
+def _brief(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _about(found: Mapping[str, Any]) -> list[str]:
+    machine, data = found["machine"], found["data"]
+    place = (
+        machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"- command: `{found['command']}`",
+        f"- training rows: {data['training']}",
+        f"- evaluation: {data['evaluation']}",
+        f"- metrics: {_pairs(found['metric_settings']) or 'none'}",
+        f"- neutral text: {data['neutral'] or 'none'}",
+        f"- seeds: {', '.join(map(str, found['seeds']))}; precision: {found['dtype']}",
+        f"- machine: {place}",
+        f"- versions: {versions}",
+        "",
+    ]

@@ -1,0 +1,86 @@
+"""The columns of a comparison's table, and how their numbers are written. Knows no terminal and no page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Column", "columns_of", "markdown"]
+
+NOTHING = "–"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A title, and what stands in a row."""
+
+    title: str
+    text: Callable[[Row], str]
+
+
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """The columns that these rows of results.json need."""
+    found = [Column(title="method", text=lambda row: str(row["method"]))]
+    if len({row["train_rows"] for row in rows}) > 1:
+        found.append(Column(title="rows", text=lambda row: _whole(row["train_rows"])))
+    found += [
+        Column(title="trainable", text=lambda row: _whole(row["trainable_parameters"])),
+        Column(title="file", text=lambda row: size(row["file_bytes"])),
+        Column(title="initial memory", text=lambda row: size(row["initial_memory_bytes"])),
+        Column(title="peak memory", text=lambda row: size(row["peak_memory_bytes"])),
+        Column(title="train s", text=lambda row: _number(row["train_seconds"], 1)),
+        Column(title="tokens/s", text=lambda row: _number(row["tokens_per_second"], 0)),
+        Column(title="dev loss", text=lambda row: _spread(row["dev_loss"], row["dev_loss_std"], 4, row)),
+    ]
+    names = {name: None for row in rows for name in row["metrics"]}
+    found += [Column(title=name, text=_metric(name)) for name in names]
+    if any(row["forgetting"]["mean"] is not None for row in rows):
+        found.append(Column(title="forgetting", text=_forgetting))
+    return found
+
+
+def _metric(name: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        found = row["metrics"].get(name) or {"mean": None, "std": None}
+        digits = 2 if abs(found["mean"] or 0) > 1.5 else 4  # of 100, or of 1
+        return _spread(found["mean"], found["std"], digits, row)
+
+    return text
+
+
+def _forgetting(row: Row) -> str:
+    return _spread(row["forgetting"]["mean"], row["forgetting"]["std"], 4, row)
+
+
+def _spread(mean: float | None, std: float | None, digits: int, row: Row) -> str:
+    if mean is None:
+        return NOTHING
+    one = row["seeds"] < 2
+    return f"{mean:.{digits}f}" if one else f"{mean:.{digits}f} ± {std or 0:.{digits}f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def _whole(value: int | None) -> str:
+    return "all" if value is None else f"{value:,}"
+
+
+def size(value: int | None) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    if value is None:
+        return NOTHING
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value} B"
+
+
+def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """The table in a page; the first column is text, the others are numbers."""
+    lines = [[column.title for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[column.text(row).replace("|", "\\|") for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

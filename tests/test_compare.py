@@ -1,0 +1,360 @@
+"""Laws of a comparison: all methods see the same, only the method differs, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from families import tiny_model
+from prefixtune.cli import main
+from prefixtune.compare import METHODS, CompareConfig, Plan, plan_of, read_file
+from prefixtune.compare.cell import run_cell
+from prefixtune.compare.peers import peer_trainer
+from prefixtune.compare.prepare import make_rows
+from prefixtune.compare.results import result_rows, spread
+from prefixtune.compare.rows import Rows
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError, MissingExtraError
+from prefixtune.load import load_base
+from prefixtune.report import columns_of, require_matplotlib
+from tokenizers_for_tests import byte_tokenizer
+
+INPUTS, ROWS = 5, 16  # several rows have one input
+LENGTH = 7  # of the prefix: LoRA of rank 4 on queries and values has as many numbers, 448
+TRAINED = [name for name, method in METHODS.items() if method.trains]
+
+
+def make_model(folder: Path, family: str = "llama") -> Path:
+    tokenizer = byte_tokenizer()
+    sizes = {"max_position_embeddings": 512} if family == "llama" else {}
+    tiny_model(family, vocab_size=len(tokenizer), **sizes).save_pretrained(folder / family)
+    tokenizer.save_pretrained(folder / family)
+    rows = [
+        {"instruction": "Count", "input": str(n % INPUTS), "output": " ".join("ab" * (n % 3 + 1))}
+        for n in range(ROWS)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / family
+
+
+def make_plan(model: Path, **values: Any) -> Plan:
+    settings = values.pop("settings", {"prefix": {"length": LENGTH}})
+    rows = str(model.parent / "rows.json")
+    wanted = {"seeds": 1, "train_rows": 12, "eval_rows": 3, "max_steps": 3, "max_new_tokens": 4, **values}
+    return plan_of(
+        {"model": str(model), "train": rows, "eval": rows, "dtype": "float32", **wanted}, settings=settings
+    )
+
+
+@dataclass
+class Measured:
+    """All cells of a plan, run in this process."""
+
+    plan: Plan
+    rows: Rows
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, folder: Path) -> Measured:
+        found = cls(plan, make_rows(plan))
+        for cell in plan.cells:
+            place = folder / cell.name
+            place.mkdir()
+            about = {"method": cell.method.name, "seed": cell.seed, "train_rows": cell.rows}
+            found.cells[cell.method.name] = about | run_cell(plan, cell, found.rows, place)
+        return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    plan = make_plan(model, methods=tuple(METHODS), metrics=("exact_match", "token_f1"))
+    return Measured.of(plan, tmp_path_factory.mktemp("cells"))
+
+
+# --- fairness ----------------------------------------------------------------------------------------------
+
+
+def test_every_method_ends_in_a_line_of_the_table(measured: Measured) -> None:
+    rows = result_rows(measured.plan, measured.cells.values())
+    assert [row["method"] for row in rows] == list(METHODS)
+    titles = [column.title for column in columns_of(rows)]
+    assert titles[-5:] == ["tokens/s", "dev loss", "exact_match", "token_f1", "forgetting"]
+    for row in rows:
+        trains = METHODS[row["method"]].trains
+        assert (row["trainable_parameters"] > 0) == (row["train_seconds"] is not None) == trains
+        assert 0 < row["initial_memory_bytes"] <= row["peak_memory_bytes"]
+        assert all(column.text(row) for column in columns_of(rows))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # packed rows, and rows of similar length together
+def test_all_methods_train_on_the_same_rows_in_the_same_order(family: str, tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    methods = ("lora", "peft-prefix", "prefix", "full")
+    plan = make_plan(make_model(tmp_path, family), methods=methods, forgetting=False, eval_rows=1)
+    found = Measured.of(plan, tmp_path / "cells")
+    assert len({found.cells[name]["rows_seen"] for name in methods}) == 1
+    assert len({found.cells[name]["resolved"]["steps"] for name in methods}) == 1
+
+
+def test_another_seed_is_another_order(model: Path, tmp_path: Path) -> None:
+    plan = make_plan(model, methods=("lora",), seeds=2, forgetting=False, eval_rows=1)
+    rows = make_rows(plan)
+    seen = []
+    for cell in plan.cells:
+        (tmp_path / cell.name).mkdir()
+        seen.append(run_cell(plan, cell, rows, tmp_path / cell.name)["rows_seen"])
+    assert seen[0] != seen[1]
+
+
+def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Measured) -> None:
+    counts = {name: cell["trainable_parameters"] for name, cell in measured.cells.items()}
+    per_token = 2 * 2 * 2 * 8  # layers, keys and values, heads, head size
+    assert counts["prefix"] == counts["lora"] == counts["peft-prefix"] == LENGTH * per_token
+    assert counts["peft-prefix-default"] == counts["prefix"]
+
+
+def test_a_prefix_trained_by_peft_starts_with_the_loss_of_ours(measured: Measured) -> None:
+    """The same KV of the same text, rows and weighting: the first step's loss is the same number."""
+    first = {name: measured.cells[name]["losses"][0][1] for name in ("prefix", "peft-prefix")}
+    assert first["peft-prefix"] == pytest.approx(first["prefix"], rel=1e-5)
+    assert len(measured.cells["prefix"]["losses"]) == len(measured.cells["peft-prefix"]["losses"]) == 3
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_lowers_the_loss_on_the_rows_it_saw(measured: Measured, name: str) -> None:
+    losses = [loss for _, loss in measured.cells[name]["losses"]]
+    assert len(set(losses)) == 3  # every step moved it
+
+
+@pytest.mark.parametrize("of", ["lora", "prompt-tuning", "p-tuning", "peft-prefix"])
+def test_a_peer_leaves_the_base_as_it_was(of: str, measured: Measured, model: Path, tmp_path: Path) -> None:
+    base = load_base(str(model), dtype="float32")
+    before = {tensor.data_ptr(): tensor.detach().clone() for tensor in base.model.parameters()}
+    trainer = peer_trainer(
+        of,
+        base,
+        measured.rows.train,
+        METHODS[of].peer,
+        shared=TrainConfig(max_steps=3),
+        steps=3,
+        output=tmp_path,
+        length=LENGTH,
+        start=measured.rows.train[0].input_ids,
+        pad_token_id=base.tokenizer.pad_token_id,
+        precision=torch.float32,
+    )
+    trainer.train()
+    now = {tensor.data_ptr(): tensor for tensor in trainer.model.parameters()}
+    for place, tensor in before.items():
+        assert torch.equal(now[place], tensor)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_base_has_forgotten_nothing_and_text_before_it_is_no_training(measured: Measured) -> None:
+    assert measured.cells["base"]["forgetting"] == 0.0
+    assert measured.cells["prompt"]["forgetting"] != 0.0
+    assert measured.cells["prompt"]["dev_loss"] != measured.cells["base"]["dev_loss"]
+
+
+def test_rows_with_one_input_are_references_of_one_another(measured: Measured) -> None:
+    assert [question.text.split("\n")[1] for question in measured.rows.questions] == ["0", "1", "2"]
+    assert len(measured.rows.eval) == 2 * 3  # the loss is measured on two rows of each
+    assert [len(question.references) for question in measured.rows.questions] == [3, 3, 3]
+
+
+# --- the plan ----------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_trains_nothing_runs_once_for_all_seeds_and_numbers_of_rows() -> None:
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("base", "lora"), "seeds": 2, "train_rows": [4, 8]})
+    names = [cell.name for cell in plan.cells]
+    assert names == ["base-1", "lora-4rows-1", "lora-8rows-1", "lora-4rows-2", "lora-8rows-2"]
+    cell = {"initial_memory_bytes": 1, "peak_memory_bytes": 2, "train_seconds": None, "dev_loss": 1.0}
+    cell |= {"tokens_per_second": None, "trainable_parameters": 0, "file_bytes": 0, "forgetting": 0.0}
+    rows = result_rows(plan, [{**cell, "method": "base", "seed": 1, "train_rows": None, "metrics": {}}])
+    assert [(row["method"], row["train_rows"]) for row in rows] == [("base", 4), ("base", 8)]
+
+
+def test_a_changed_setting_changes_the_key_of_its_method_alone(model: Path) -> None:
+    def keys(**settings: Any) -> dict[str, str]:
+        plan = make_plan(model, methods=("base", "lora", "full"), settings=settings)
+        return {cell.name: plan.cell_key(cell, "rows") for cell in plan.cells}
+
+    before, after = keys(), keys(lora={"learning_rate": 1e-3})
+    assert [name for name in before if before[name] != after[name]] == ["lora-1"]
+
+
+def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(
+        'model = "m"\ntrain = "t"\neval = "e"\nmethods = ["lora", "big"]\ntrain_rows = 50\n'
+        '[data]\nfields = "input=mr"\n[settings.big]\nof = "lora"\nrank = 64\n',
+        encoding="utf-8",
+    )
+    table = read_file(file)
+    data, settings = table.pop("data"), table.pop("settings")
+    plan = plan_of(table, data=data, settings=settings)
+    assert plan.config == CompareConfig(
+        model="m", train="t", eval="e", methods=("lora", "big"), train_rows=(50,)
+    )
+    assert plan.data.fields == "input=mr"
+    big = plan.methods[1]
+    assert (big.of, big.peer.rank, big.peer.learning_rate) == ("lora", 64, METHODS["lora"].peer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "words"),
+    [
+        ({"methods": ("loar",)}, {}, "did you mean lora"),
+        ({"methods": ("lora", "lora")}, {}, "named twice"),
+        ({"methods": ("lora",)}, {"lora": {"ranks": 3}}, "no setting ranks"),
+        ({"methods": ("full",)}, {"full": {"rank": 3}}, "no setting rank"),
+        ({"methods": ("prefix",)}, {"prefix": {"seed": 3}}, "no setting seed"),
+        ({"methods": ("lora",)}, {"lora": {"rank": -1}}, "rank: expected more than 0"),
+        ({"train_rows": 0}, {}, "train_rows"),
+        ({"trian": "x"}, {}, "unknown option trian"),
+    ],
+)
+def test_a_wrong_plan_is_told_before_any_work(values: Any, settings: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        plan_of({"train": "t", "eval": "e", **values}, settings=settings)
+    assert words in str(told.value)
+
+
+def test_spread_is_mean_and_sample_deviation() -> None:
+    values = [1.0, 2.0, 4.0]
+    assert spread(values) == {"mean": statistics.fmean(values), "std": statistics.stdev(values)}
+    assert spread([3.0]) == {"mean": 3.0, "std": 0.0}
+    assert spread([None]) == {"mean": None, "std": None}
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def invoke(*args: Any) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@dataclass
+class Folder:
+    """A comparison from the command line, with a method that cannot work: its prefix leaves no positions."""
+
+    path: Path
+    model: Path
+    first: Result
+
+    def arguments(self, methods: str) -> list[str]:
+        return self.arguments_in(self.path, self.model, methods)
+
+    @staticmethod
+    def arguments_in(path: Path, model: Path, methods: str) -> list[str]:
+        rows = str(model.parent / "rows.json")
+        return [
+            *("compare", str(path / "x.toml"), "--methods", methods, "--output", str(path / "out")),
+            *("--model", str(model), "--train", rows, "--eval", rows, "--json"),
+        ]
+
+
+@pytest.fixture(scope="module")
+def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    path = tmp_path_factory.mktemp("compare")
+    (path / "x.toml").write_text(
+        "train_rows = 8\neval_rows = 2\nseeds = 1\nforgetting = false\ndtype = 'float32'\n"
+        "[settings.long]\nof = 'prefix'\nlength = 600\n",
+        encoding="utf-8",
+    )
+    plan = make_plan(
+        model, train_rows=8, eval_rows=2, forgetting=False, max_steps=None, max_new_tokens=None, settings={}
+    )
+    (path / "out").mkdir()
+    make_rows(plan).write(path / "out" / "data.json", key=plan.data_key())  # saves the time of a process
+    arguments = Folder.arguments_in(path, model, "long,prefix")
+    return Folder(path, model, invoke(*arguments))
+
+
+def test_a_failed_cell_is_told_and_loses_no_other(folder: Folder) -> None:
+    assert folder.first.exit_code == 1
+    assert "1 cells failed: long (seed 1)" in folder.first.stderr
+    found = json.loads(folder.first.stdout)
+    assert [row["method"] for row in found["rows"]] == ["prefix"]
+    (failure,) = found["failed"]
+    assert "512" in failure["error"]  # the positions that the model has
+    assert "Traceback" not in folder.first.stderr
+
+
+def test_results_hold_the_columns_and_what_they_carry(folder: Folder) -> None:
+    found = json.loads((folder.path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert found == json.loads(folder.first.stdout)
+    (row,) = found["rows"]
+    assert row["trainable_parameters"] == 10 * 64
+    assert row["metrics"] == {}
+    assert row["forgetting"] == {"mean": None, "std": None}
+    cell = json.loads((folder.path / "out" / "cells" / "prefix-1.json").read_text(encoding="utf-8"))
+    assert (row["dev_loss"], row["dev_loss_std"]) == (cell["dev_loss"], 0.0)
+    assert row["peak_memory_bytes"] == cell["peak_memory_bytes"] > 50e6  # of a process of its own
+    assert {"settings", "seeds", "versions", "machine", "command"} <= found.keys()
+
+
+def test_a_finished_cell_is_not_run_again(folder: Folder) -> None:
+    cell = folder.path / "out" / "cells" / "prefix-1.json"
+    before = cell.stat().st_mtime_ns
+    again = invoke(*folder.arguments("prefix"))
+    assert again.exit_code == 0, again.stderr
+    assert "1 of 1 cells are finished already" in again.stderr
+    assert cell.stat().st_mtime_ns == before
+    assert json.loads(again.stdout)["rows"] == json.loads(folder.first.stdout)["rows"]
+
+
+def test_rows_that_cannot_be_read_are_told_with_their_file(folder: Folder, tmp_path: Path) -> None:
+    options = (
+        "--train",
+        "none.json",
+        "--eval",
+        "none.json",
+        "--methods",
+        "base",
+        "--output",
+        tmp_path / "out",
+    )
+    result = invoke("compare", *options)
+    assert result.exit_code == 1
+    assert "error: none.json: no such file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_report_makes_the_page_again_from_the_folder(folder: Folder) -> None:
+    pytest.importorskip("matplotlib")
+    page = folder.path / "out" / "report.md"
+    page.unlink()
+    result = invoke("report", folder.path / "out")
+    assert result.exit_code == 0, result.stderr
+    row = json.loads(folder.first.stdout)["rows"][0]
+    assert f"| prefix | 640 | {row['file_bytes'] / 1000:.2f} kB |" in page.read_text(encoding="utf-8")
+    for name in ("loss", "quality_memory", "quality_time"):
+        assert f"]({name}.png)" in page.read_text(encoding="utf-8")
+        assert (folder.path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_comparison_is_told(tmp_path: Path) -> None:
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 1
+    assert "holds no comparison" in result.stderr
+
+
+def test_plots_without_matplotlib_name_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError) as told:
+        require_matplotlib()
+    assert "pip install 'prefixtune[report]'" in str(told.value)
