@@ -103,9 +103,7 @@ def start_of(model: Any, base: Any) -> Any:
     geometry = Geometry.probe(base)
     numbers = model.prompt_encoder["default"].embedding.weight.detach().clone()  # [P, L*2*H*D]
     by_layer = numbers.view(PREFIX_LENGTH, 2 * len(geometry.layers), geometry.layers[0].kv_heads, -1)
-    keys_and_values = by_layer.permute(
-        1, 2, 0, 3
-    ).contiguous()  # [2L, H, P, D]
+    keys_and_values = by_layer.permute(1, 2, 0, 3).contiguous()  # [2L, H, P, D]
     pairs = zip(keys_and_values[::2], keys_and_values[1::2], strict=True)
     return PrefixKV(tuple(LayerKV(key, value) for key, value in pairs))
 

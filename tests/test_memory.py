@@ -54,6 +54,17 @@ def test_peak_of_a_backward_pass_is_the_hand_count() -> None:
     assert counted.live - before == one + 4  # the gradient and the loss
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a process cannot tell its peak from its parent's"
+)
+def test_peak_of_a_process_is_its_own_and_not_that_of_the_larger_one_that_started_it() -> None:
+    child = "import torch; from prefixtune.memory import measured_peak; print(measured_peak())"
+    large = torch.ones(2**28)  # 1 GiB; the child has about half of it
+    told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert 0.05 * GIB < int(told.stdout) < large.nbytes
+
+
 class _Square(torch.autograd.Function):
     """Keeps one tensor for the backward pass, as a chunked loss would."""
 

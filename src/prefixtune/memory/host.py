@@ -1,6 +1,6 @@
 """What the machine has and what this process has taken. Knows no model.
 
-On the CPU memory is what is resident (as `/usr/bin/time -v` counts it), on CUDA what torch has allocated.
+On the CPU memory is what is resident (VmHWM in /proc on Linux), on CUDA what torch has allocated.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ def measured_peak(device: str = "cpu") -> int:
     """The most bytes that this process has had so far: resident on the CPU, allocated by torch on CUDA."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the process that started this one, if it was larger
+        words = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()
+        return int(words[1]) * 1024
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def resident(device: str = "cpu") -> int:
