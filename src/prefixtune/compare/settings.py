@@ -28,7 +28,7 @@ COMMON = {
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(_Config):
-    """Settings of a method that is not ours; those of another kind of method are not looked at."""
+    """Settings of a method that is not ours; a file may set those that its method has, and no others."""
 
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
