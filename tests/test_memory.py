@@ -327,7 +327,7 @@ finally:  # what libraries do at exit is not what is tested
 def train(
     place: Path, *more: Any, output: str = "run", limited: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """prefixtune train in its own process, which gets no more memory after its first checkpoint, if limited."""
+    """prefixtune train in its own process; if limited, it gets no more memory after its first checkpoint."""
     args = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", place / output]
     args += ["--report-to", "none", "--json", *more]
     # Large tensors each get a mapping of their own, so that a limit holds them whatever malloc has kept.

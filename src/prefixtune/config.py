@@ -236,6 +236,11 @@ class TrainConfig(_Config):
     )
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
+    retain: float = option(
+        0.0,
+        "weight of staying close to the bare model on text that it samples itself (nats per token beside the "
+        "task's loss): less is forgotten; 0 switches it off",
+    )
     logging_steps: int = option(10, "log the loss every so many steps")
     eval_steps: int | None = option(None, "evaluate every so many steps; four times unless given")
     save_steps: int | None = option(None, "checkpoint every so many steps; ten times or more unless given")
@@ -278,7 +283,7 @@ class TrainConfig(_Config):
             "save_steps",
             "save_total_limit",
         )
-        for name in ("weight_decay", "max_grad_norm"):  # of which 0 switches off
+        for name in ("weight_decay", "max_grad_norm", "retain"):  # of which 0 switches off
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more; got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:

@@ -17,27 +17,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefixtune.attachment import attach_pairs, head_of, last_hidden, packed, packs, splits
+from prefixtune.chunked import IGNORED, STEP, chunked_cross_entropy, chunked_divergence, wide
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["PASS_TOKENS", "Passes", "RowTokens", "chunked_cross_entropy", "group_rows", "pack_rows"]
+__all__ = ["PASS_TOKENS", "Passes", "RowTokens", "group_rows", "pack_rows"]
 
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
-STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
-CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
-SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
-IGNORED = -100
 Pairs = Sequence[tuple[Tensor, Tensor]]
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class RowTokens:
-    """One row: token ids [T], and labels [T] with -100 where a token is no target; not shifted."""
+    """One row: token ids [T], and labels [T] with -100 where a token is no target; not shifted.
+
+    Attributes:
+        aims: what a teacher has at the places that predict the targets, from `Passes.aims`, [targets, d]: its
+            distribution is then aimed at, and not the target.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    aims: Tensor | None = None
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Tensor]) -> list[RowTokens]:
@@ -130,11 +134,44 @@ class Passes:
     def loss(self, rows: Sequence[RowTokens], pairs: Pairs | None) -> Iterator[Tensor]:
         """The summed negative log likelihood (nats, float32) of the rows' targets, in one pass.
 
+        Of rows with aims the summed divergence from the teacher's distribution; all rows have them, or none.
         A backward pass belongs into the block: layers that are recomputed need the prefix there.
 
         Args:
             pairs: (key, value) [K, P, D] of each layer; None for the bare model.
         """
+        aims = [row.aims for row in rows if row.aims is not None]
+        with self._states(rows, pairs) as (states, labels, head):
+            if aims:
+                chosen = (labels != IGNORED).nonzero().flatten().to(states.device)
+                yield chunked_divergence(states.index_select(0, chosen), torch.cat(aims), head)
+            elif self.split:
+                yield chunked_cross_entropy(states, labels, head)
+            else:
+                labels = labels.to(states.device)
+                chosen = labels != IGNORED
+                yield F.cross_entropy(wide(states[chosen]), labels[chosen], reduction="sum")
+
+    @torch.no_grad()
+    def aims(self, rows: Sequence[RowTokens], pairs: Pairs | None = None) -> list[Tensor]:
+        """What the model has where it predicts each row's targets, [targets, d]: the `aims` of a student.
+
+        Hidden states, which the head turns into logits; the logits of a model that has no head of its own.
+        """
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for group in self.plan([len(row.input_ids) for row in rows]):
+            with self._states([rows[row] for row in group], pairs) as (states, labels, _):
+                chosen = states[(labels != IGNORED).to(states.device)]
+            counts = [int((rows[row].labels[1:] != IGNORED).sum()) for row in group]
+            for row, part in zip(group, torch.split(chosen, counts), strict=True):
+                found[row] = part.clone()
+        return found
+
+    @contextmanager
+    def _states(
+        self, rows: Sequence[RowTokens], pairs: Pairs | None
+    ) -> Iterator[tuple[Tensor, Tensor, Head]]:
+        """Hidden states [S, d], the token that each place is to predict [S], and the head, in one pass."""
         device = next(self.base.parameters()).device
         rows = [RowTokens(row.input_ids.to(device), row.labels) for row in rows]
         with torch.autocast(device.type, enabled=False):
@@ -142,94 +179,21 @@ class Passes:
                 rows = _filled_up(rows)
                 with packed(self.base, pairs, [len(row.input_ids) for row in rows]) as hidden_of:
                     hidden = hidden_of(torch.cat([row.input_ids for row in rows])[None])  # [T, d]
-                    yield chunked_cross_entropy(hidden, _shifted(rows), head_of(self.base))
+                    yield hidden, _shifted(rows), head_of(self.base)
             else:
                 with _attached(self.base, pairs):
                     yield self._padded(rows)
 
-    def _padded(self, rows: Sequence[RowTokens]) -> Tensor:
+    def _padded(self, rows: Sequence[RowTokens]) -> tuple[Tensor, Tensor, Head]:
         longest = max(len(row.input_ids) for row in rows)
         ids = _padded([row.input_ids for row in rows], self.pad_token_id, longest)  # [B, T]
         labels = _padded([F.pad(row.labels[1:], (0, 1), value=IGNORED) for row in rows], IGNORED, longest)
         mask = _padded([torch.ones_like(row.input_ids) for row in rows], 0, longest)
         inputs = {"input_ids": ids} | ({} if bool(mask.all()) else {"attention_mask": mask})
         if self.split:
-            hidden = last_hidden(self.base, **inputs)
-            return chunked_cross_entropy(hidden.flatten(0, 1), labels.flatten(), head_of(self.base))
+            return last_hidden(self.base, **inputs).flatten(0, 1), labels.flatten(), head_of(self.base)
         logits = self.base(use_cache=False, **inputs).logits
-        labels = labels.to(logits.device)
-        chosen = labels != IGNORED
-        return F.cross_entropy(_wide(logits[chosen]), labels[chosen], reduction="sum")
-
-
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Summed cross entropy of `head(hidden)` at the labels, for a head that is frozen.
-
-    The gradient by the hidden states is made in the same sweep, chunk by chunk, so that neither logits nor
-    their gradient are ever whole, and nothing is computed twice.
-
-    Args:
-        hidden: [S, d].
-        labels: [S] token ids; -100 is left out before the head.
-
-    Returns:
-        A scalar of float32 (float64 for a float64 model), in nats.
-    """
-    chosen = (labels != IGNORED).nonzero().flatten()  # on the host, where the labels are: a GPU need not wait
-    spare = -len(chosen) % STEP
-    targets = F.pad(labels[chosen], (0, spare), value=IGNORED).to(hidden.device)
-    chosen = F.pad(chosen, (0, spare))
-    wanted = hidden.index_select(0, chosen.to(hidden.device))
-    loss: Tensor = _ChunkedCrossEntropy.apply(wanted, targets, head)  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wanted else None
-        vocabulary = head(hidden[:0].detach()).shape[1]
-        chunks = max(1, -(-len(labels) * vocabulary // CHUNK_NUMBERS))
-        size = max(1, -(-len(labels) // (chunks * STEP))) * STEP  # equal chunks, of few sizes
-        for first in range(0, len(labels), size):
-            piece = hidden[first : first + size].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                logits = head(piece)  # [s, V]
-            by_logits = logits.detach()  # in place of them
-            if hasattr(logits.grad_fn, "_saved_result"):  # the head's last step needs what it gave
-                by_logits = by_logits.clone()
-            total += _cross_entropy_(by_logits, labels[first : first + size], gradient=wanted)
-            if gradient is not None:
-                (gradient[first : first + size],) = torch.autograd.grad(logits, piece, by_logits)
-            del logits, by_logits
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, by_loss: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * by_loss.to(gradient.dtype), None, None
-
-
-def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """Summed nats of [s, V] logits; softmax minus one-hot takes their place. float32 within."""
-    total = torch.zeros((), dtype=_wide(logits[:0]).dtype, device=logits.device)
-    size = max(1, SOFTMAX_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    for first in range(0, len(logits), size):
-        part, picked = logits[first : first + size], labels[first : first + size, None]
-        counts, picked = picked != IGNORED, picked.clamp_min(0)
-        numbers = part.to(total.dtype, copy=True)
-        numbers -= numbers.amax(dim=1, keepdim=True)
-        of_target = numbers.gather(1, picked)
-        sums = numbers.exp_().sum(dim=1, keepdim=True)
-        total += ((sums.log() - of_target) * counts).sum()
-        if gradient:
-            by_target = (numbers.gather(1, picked) / sums - 1) * counts  # in bfloat16 0.999 - 1 would be 0
-            torch.mul(numbers, counts / sums, out=part)
-            part.scatter_(1, picked, by_target.to(part.dtype))
-    return total
+        return logits.flatten(0, 1), labels.flatten(), lambda chosen: chosen * 1
 
 
 def _filled_up(rows: list[RowTokens]) -> list[RowTokens]:
@@ -246,10 +210,6 @@ def _shifted(rows: Sequence[RowTokens]) -> Tensor:
 
 def _padded(rows: Sequence[Tensor], value: int, length: int) -> Tensor:
     return torch.stack([F.pad(row, (0, length - len(row)), value=value) for row in rows])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 @contextmanager

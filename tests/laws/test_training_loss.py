@@ -9,7 +9,8 @@ from families import EXTRA, FAMILIES, VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
-from prefixtune.loss import Passes, RowTokens, chunked_cross_entropy, group_rows, pack_rows
+from prefixtune.chunked import chunked_cross_entropy, chunked_divergence
+from prefixtune.loss import Passes, RowTokens, group_rows, pack_rows
 
 LENGTHS = (9, 4, 12, 1, 7)
 PREFIX = 5
@@ -66,6 +67,33 @@ def test_loss_and_gradient_of_packed_rows_equal_each_row_alone_with_whole_logits
         _, total, gradient = by_passes(base, rows, live_pairs(base), packing=packing)
         assert total == pytest.approx(expected, rel=1e-5)
         assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES + EXTRA)
+def test_divergence_from_a_teacher_equals_that_of_each_row_alone_with_whole_logits(family):
+    base = tiny_model(family).requires_grad_(False)
+    rows, pairs = rows_of(), live_pairs(base)
+    expected = 0.0
+    for row in rows:
+        chosen = row.labels[1:] != -100
+        bare = base(input_ids=row.input_ids[None], use_cache=False).logits[0, :-1][chosen]
+        with attach_pairs(base, pairs, name="reference"):
+            logits = base(input_ids=row.input_ids[None], use_cache=False).logits[0, :-1][chosen]
+            ours, theirs = logits.log_softmax(dim=1), bare.log_softmax(dim=1)
+            loss = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+            loss.backward()
+        expected += loss.item()
+    expected_gradient = gradients(pairs)
+    assert expected > 0
+    for packing in (True, False):
+        passes = Passes.of(base, capacity=20, pad_token_id=0, packing=packing)
+        aimed = [
+            RowTokens(row.input_ids, row.labels, aims)
+            for row, aims in zip(rows, passes.aims(rows), strict=True)
+        ]
+        _, total, gradient = by_passes(base, aimed, live_pairs(base), packing=packing)
+        assert total == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,6 +191,27 @@ def test_chunked_cross_entropy_equals_that_of_whole_logits(cap):
     assert torch.allclose(by_chunks, by_whole, atol=1e-10)
     with torch.no_grad():
         assert chunked_cross_entropy(hidden, labels, head).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_chunked_divergence_equals_that_of_whole_logits(cap):
+    """600 tokens by 30,011 words are more than one chunk and more than one softmax at a time."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(600, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(600, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(30_011, 6, generator=generator, dtype=torch.float64)
+
+    def head(rows):
+        logits = rows @ weight.T
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    found = chunked_divergence(hidden, teacher, head)
+    ours, theirs = (F.log_softmax(head(states), dim=1) for states in (hidden, teacher))
+    whole = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    assert found.item() == pytest.approx(whole.item(), rel=1e-12)
+    by_chunks, by_whole = (torch.autograd.grad(3.0 * loss, hidden)[0] for loss in (found, whole))
+    assert torch.allclose(by_chunks, by_whole, atol=1e-10)
+    assert chunked_divergence(teacher, teacher, head).item() == pytest.approx(0, abs=1e-9)
 
 
 def test_gradient_of_targets_that_the_model_is_sure_of_keeps_its_size_in_bfloat16():

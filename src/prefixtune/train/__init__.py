@@ -1,11 +1,13 @@
 """Trains a prefix with transformers' Trainer, in a folder that can be resumed at any time.
 
-Reading order: `session` (from options to a finished run), `build` (its trainer alone), `trainer` (Trainer,
-its arguments, what happens at a step), `folder` (what is on disk). Knows data and models by name only.
+Reading order: `session` (from options to a finished run), `defaults` (what options leave open), `build` (its
+trainer), `trainer` (Trainer, its arguments, what happens at a step), `folder` (what is on disk).
+Knows data and models by name only.
 """
 
-from prefixtune.train.build import planned_steps, trainer_for
-from prefixtune.train.session import TrainResult, default_learning_rate, train
+from prefixtune.train.build import trainer_for
+from prefixtune.train.defaults import default_learning_rate, planned_steps
+from prefixtune.train.session import TrainResult, train
 from prefixtune.train.trainer import PrefixTrainer
 
 __all__ = ["PrefixTrainer", "TrainResult", "default_learning_rate", "planned_steps", "train", "trainer_for"]

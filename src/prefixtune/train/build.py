@@ -1,4 +1,4 @@
-"""The trainer that `train` would make, for who brings the rows and the model: no folder, no estimate."""
+"""From options, rows and a model to their trainer: no estimate, no result."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import set_seed
 
+from prefixtune.attachment import compile_layers, packs
 from prefixtune.config import TrainConfig
-from prefixtune.data import Example
+from prefixtune.data import Collator, Example
+from prefixtune.errors import ConfigError
 from prefixtune.generate import ending
 from prefixtune.load import LoadedBase
+from prefixtune.loss import Passes
 from prefixtune.model import PrefixModel
-from prefixtune.train.session import _check_lengths, _planned_steps, _prefix_config, _resolve, make_trainer
-from prefixtune.train.trainer import PrefixTrainer
+from prefixtune.progress import note
+from prefixtune.train.defaults import check_lengths, prefix_config_of, resolve
+from prefixtune.train.retention import Retention, kept_texts
+from prefixtune.train.trainer import KeepBest, PrefixTrainer, training_arguments
 
-__all__ = ["planned_steps", "trainer_for"]
+__all__ = ["add_retention", "make_trainer", "trainer_for"]
 
 
 def trainer_for(
@@ -28,7 +34,7 @@ def trainer_for(
     output: Path,
     pad_token_id: int | None = None,
 ) -> tuple[PrefixTrainer, dict[str, Any]]:
-    """A trainer on these rows with the defaults of `train`, and what the defaults came to.
+    """The trainer that `train` would make, for who brings rows and model, and what its defaults came to.
 
     Args:
         prefix_options: fields of PrefixConfig, as `train` takes them.
@@ -38,15 +44,86 @@ def trainer_for(
         DataError: the longest row does not fit into the model's positions after the prefix.
     """
     set_seed(config.seed)
-    prefix = _prefix_config(None, prefix_options, base, examples)
-    _check_lengths(base, prefix, examples)
-    resolved = _resolve(config, prefix, base, examples)
+    prefix = prefix_config_of(None, prefix_options, base, examples)
+    check_lengths(base, prefix, examples)
+    resolved = resolve(config, prefix, base, examples)
     model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
-    pad = ending(base.model, base.tokenizer)["pad_token_id"] if pad_token_id is None else pad_token_id
-    trainer = make_trainer(model, config, resolved, output, rows=(examples, None), pad_token_id=pad)
+    trainer = make_trainer(
+        model,
+        config,
+        resolved,
+        output,
+        rows=(examples, None),
+        tokenizer=base.tokenizer,
+        pad_token_id=pad_token_id,
+    )
+    add_retention(trainer, config, output, base.tokenizer)
     return trainer, {**resolved, "prefix": prefix.to_dict()}
 
 
-def planned_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a run on so many rows."""
-    return _planned_steps(config, rows)
+def make_trainer(
+    model: PrefixModel,
+    config: TrainConfig,
+    resolved: Mapping[str, Any],
+    output: Path,
+    *,
+    rows: tuple[list[Example], list[Example] | None],
+    tokenizer: Any,
+    pad_token_id: int | None = None,
+) -> PrefixTrainer:
+    """The trainer of a run on (training, evaluation) rows.
+
+    Args:
+        resolved: what the defaults came to.
+        pad_token_id: the tokenizer's unless given.
+    """
+    examples, eval_examples = rows
+    if pad_token_id is None:
+        pad_token_id = ending(model.base_model, tokenizer)["pad_token_id"]
+    passes = _passes(model.base_model, config, resolved["packing_length"], pad_token_id)
+    return _trainer(
+        output,
+        model=model,
+        args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
+        train_dataset=examples,
+        eval_dataset=eval_examples,
+        data_collator=Collator(pad_token_id),
+        callbacks=[KeepBest(output)],
+        pad_token_id=pad_token_id,
+        passes=passes,
+        lengths=[len(example.input_ids) for example in examples],
+    )
+
+
+def add_retention(trainer: PrefixTrainer, config: TrainConfig, output: Path, tokenizer: Any) -> None:
+    """Give the trainer the neutral text of a run, if it is to have some; `output` keeps it."""
+    if config.retain:
+        texts = kept_texts(output, trainer.passes.base, tokenizer, seed=config.seed)
+        trainer.retention = Retention.of(trainer.passes, texts, weight=config.retain)
+
+
+def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:
+    before = output.exists()
+    try:
+        return PrefixTrainer(**arguments)
+    except (RuntimeError, ValueError) as error:
+        if not before and output.is_dir():
+            output.rmdir()  # Trainer made it, and nothing is in it yet
+        if any(words in str(error) for words in ("Callback requires", "is not supported, only")):
+            raise ConfigError(
+                f"report_to: {error}", hint="change --report-to, or install what it names"
+            ) from None
+        raise
+
+
+def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: int) -> Passes:
+    found = Passes.of(base, capacity=capacity, pad_token_id=pad_token_id, packing=config.packing)
+    if found.packing:
+        note(f"rows are packed, up to {capacity} tokens in a pass")
+    elif config.packing:
+        note(f"rows of similar length share a pass: {packs(base)}")
+    if config.compile:
+        if not found.packing:
+            raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
+        compile_layers(base)
+    return found

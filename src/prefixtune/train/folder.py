@@ -18,6 +18,7 @@ from prefixtune.storage import CARD, INFO, TENSORS, TRAINABLE, read_info
 
 __all__ = [
     "METRICS",
+    "RETENTION",
     "RUN",
     "check_resumed",
     "cut_metrics",
@@ -27,8 +28,19 @@ __all__ = [
     "record_run",
 ]
 
-RUN, METRICS = "run.json", "metrics.jsonl"
-OURS = (RUN, METRICS, INFO, TENSORS, TRAINABLE, CARD, "best", "runs", "checkpoint-*")  # all that a run writes
+RUN, METRICS, RETENTION = "run.json", "metrics.jsonl", "retention.json"
+OURS = (
+    RUN,
+    METRICS,
+    RETENTION,
+    INFO,
+    TENSORS,
+    TRAINABLE,
+    CARD,
+    "best",
+    "runs",
+    "checkpoint-*",
+)  # all that it writes
 
 
 def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:

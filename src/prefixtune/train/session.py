@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import set_seed
 
-from prefixtune.attachment import compile_layers, packs
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Collator, DataReport, Example, build_examples, load_rows, parse_fields
-from prefixtune.errors import ConfigError, DataError, RunError
+from prefixtune.data import DataReport, Example, build_examples, load_rows, parse_fields
+from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
-from prefixtune.generate import check_ids, ending
-from prefixtune.geometry import Geometry, quiet_eval
+from prefixtune.generate import check_ids
+from prefixtune.geometry import quiet_eval
 from prefixtune.load import LoadedBase, load_base
-from prefixtune.loss import PASS_TOKENS, Passes
 from prefixtune.memory import Estimate, explain_full_memory, measured_peak, readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
+from prefixtune.train.build import add_retention, make_trainer
+from prefixtune.train.defaults import check_lengths, check_options, digest, prefix_config_of, resolve
 from prefixtune.train.folder import check_resumed, finished, last_checkpoint, open_run, record_run
 from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
-from prefixtune.train.trainer import KeepBest, PrefixTrainer, run, training_arguments
+from prefixtune.train.trainer import PrefixTrainer, run
 
-__all__ = ["TrainResult", "default_learning_rate", "train"]
-
-DIRECT_LEARNING_RATE = 2e-2  # KV numbers are of size 1 to 2 and need large steps (docs/adr/0002)
-# a step of the projection moves every KV number by a sum over its hidden layer
-PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
+__all__ = ["TrainResult", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +109,7 @@ def train(
         "data_config": data_config.to_dict(),
         "train_config": config.to_dict(),
     }
-    _check_options(prefix_options or {})  # before the model is loaded
+    check_options(prefix_options or {})  # before the model is loaded
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
     if began and (record := finished(output, began["resolved"]["steps"])):
         note(f"{output}: the run has come to its end already; nothing to do")
@@ -125,19 +117,19 @@ def train(
     check_weights(model, config, force=force)
     examples, eval_examples, base, report = _load(model, data, eval_data, data_config, config, began)
     set_seed(config.seed)
-    prefix_config = _prefix_config(began, prefix_options or {}, base, examples)
+    prefix_config = prefix_config_of(began, prefix_options or {}, base, examples)
     everything = [*examples, *(eval_examples or [])]
     check_ids(base.model, (example.input_ids for example in everything))
-    _check_lengths(base, prefix_config, everything)
+    check_lengths(base, prefix_config, everything)
     if began:
         resolved = began["resolved"]
-        check_resumed(output, began, data=data, rows=_digest(examples))
+        check_resumed(output, began, data=data, rows=digest(examples))
     else:
-        resolved = _resolve(config, prefix_config, base, examples)
+        resolved = resolve(config, prefix_config, base, examples)
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record |= {"template": data_config.template, "training": None}
-    rows, pad = (examples, eval_examples), ending(base.model, base.tokenizer)["pad_token_id"]
-    trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, pad_token_id=pad)
+    rows = (examples, eval_examples)
+    trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
     kind, place = base.model.dtype, str(base.model.device)
     setup = setup_of(
         config,
@@ -150,6 +142,7 @@ def train(
     )
     estimate = forecast(prefix_model, setup, force=force)
     record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
+    add_retention(trainer, config, output, base.tokenizer)
     base_loss = None
     if eval_examples:
         passes = trainer.passes
@@ -167,115 +160,6 @@ def train(
     with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
         seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
     return _finish(trainer, output, prefix_model, base_loss, seconds, rate, report, base, estimate)
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    given = {name: value for name, value in options.items() if value is not None}
-    if not given.keys() & {"init", "init_text", "init_tokens"}:
-        given |= {"init": "random"}  # the start is decided when the rows are known
-    PrefixConfig(**_with_init(given))
-
-
-def _with_init(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`init` from what is given with it: a text, or token ids."""
-    for name, kind in (("init_text", "text"), ("init_tokens", "tokens")):
-        if "init" not in given and name in given:
-            return {**given, "init": kind}
-    return dict(given)
-
-
-def _resolve(
-    config: TrainConfig, prefix: PrefixConfig, base: LoadedBase, examples: list[Example]
-) -> dict[str, Any]:
-    """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
-    hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
-    steps = _planned_steps(config, len(examples))
-    return {
-        "steps": steps,
-        "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size),
-        "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
-        "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
-        "packing_length": _packing_length(config, examples),
-        "rows": _digest(examples),
-    }
-
-
-def _packing_length(config: TrainConfig, examples: list[Example]) -> int:
-    longest = max(examples, key=lambda example: len(example.input_ids))
-    needed = len(longest.input_ids)
-    if config.packing_length is not None and needed > config.packing_length:
-        raise DataError(
-            f"{longest.origin}: {needed} tokens do not fit a pass of packing_length {config.packing_length}",
-            hint=f"use --packing-length {needed}, or --max-length {config.packing_length}",
-        )
-    return config.packing_length or max(PASS_TOKENS, needed)
-
-
-def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: int) -> Passes:
-    found = Passes.of(base, capacity=capacity, pad_token_id=pad_token_id, packing=config.packing)
-    if found.packing:
-        note(f"rows are packed, up to {capacity} tokens in a pass")
-    elif config.packing:
-        note(f"rows of similar length share a pass: {packs(base)}")
-    if config.compile:
-        if not found.packing:
-            raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
-        compile_layers(base)
-    return found
-
-
-def _digest(examples: list[Example]) -> str:
-    """A hash of the rows as the model sees them."""
-    found = hashlib.sha256()
-    for example in examples:
-        found.update(json.dumps([example.input_ids, example.labels]).encode())
-    return found.hexdigest()
-
-
-def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
-    """By parameterisation; of the projection, falling with the square root of its hidden size."""
-    if not config.projection:
-        return DIRECT_LEARNING_RATE
-    return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
-
-
-def make_trainer(
-    model: PrefixModel,
-    config: TrainConfig,
-    resolved: Mapping[str, Any],
-    output: Path,
-    *,
-    rows: tuple[list[Example], list[Example] | None],
-    pad_token_id: int,
-) -> PrefixTrainer:
-    """The trainer of a run on (training, evaluation) rows; `resolved` is what the defaults came to."""
-    examples, eval_examples = rows
-    return _trainer(
-        output,
-        model=model,
-        args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
-        train_dataset=examples,
-        eval_dataset=eval_examples,
-        data_collator=Collator(pad_token_id),
-        callbacks=[KeepBest(output)],
-        pad_token_id=pad_token_id,
-        passes=_passes(model.base_model, config, resolved["packing_length"], pad_token_id),
-        lengths=[len(example.input_ids) for example in examples],
-    )
-
-
-def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:
-    before = output.exists()
-    try:
-        return PrefixTrainer(**arguments)
-    except (RuntimeError, ValueError) as error:
-        if not before and output.is_dir():
-            output.rmdir()  # Trainer made it, and nothing is in it yet
-        if any(words in str(error) for words in ("Callback requires", "is not supported, only")):
-            raise ConfigError(
-                f"report_to: {error}", hint="change --report-to, or install what it names"
-            ) from None
-        raise
 
 
 def _load(
@@ -307,49 +191,6 @@ def _load(
     if not examples:
         raise DataError(f"{data}: no row with target tokens is left to train on")
     return examples, eval_examples, base, report
-
-
-def _prefix_config(
-    began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
-) -> PrefixConfig:
-    """The user's options; where they say nothing of a start, the KV of the first training rows."""
-    if began:
-        return PrefixConfig.from_dict(began["prefix"])
-    given = _with_init({name: value for name, value in options.items() if value is not None})
-    if "init" not in given:
-        length = given.get("length", PrefixConfig().length)
-        tokens: list[int] = []
-        for example in examples:
-            tokens += example.input_ids
-            if len(tokens) >= length:
-                break
-        given |= {"init": "tokens", "init_tokens": tuple(tokens[:length])}
-        shown = base.tokenizer.decode(tokens[:length]) if base.tokenizer is not None else tokens[:length]
-        note(f"the prefix starts from the KV of: {shown!r:.200}")
-    return PrefixConfig(**given)
-
-
-def _check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
-    config = base.model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(examples, key=lambda example: len(example.input_ids))
-    needed = prefix.length + len(longest.input_ids)
-    if isinstance(limit, int) and needed > limit:
-        raise DataError(
-            f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
-            f"{needed} positions; {base.name} has {limit}",
-            hint=f"use --max-length {limit - prefix.length}, or a shorter prefix"
-            if limit - prefix.length > 2
-            else "use a shorter prefix",
-        )
-
-
-def _planned_steps(config: TrainConfig, rows: int) -> int:
-    if config.max_steps:
-        return config.max_steps
-    batches = math.ceil(rows / config.per_device_train_batch_size)
-    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return max(1, math.ceil(config.num_train_epochs * per_epoch))
 
 
 def _record(

@@ -24,6 +24,7 @@ from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
 from prefixtune.train.folder import METRICS, cut_metrics
+from prefixtune.train.retention import Retention
 
 __all__ = ["KeepBest", "LengthGroupedSampler", "PrefixTrainer", "run", "training_arguments"]
 
@@ -41,6 +42,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         passes: how a batch is run through the model; packed in passes of 512 tokens by default.
         lengths: tokens of each training row, to put rows of similar length into a batch. Not needed where
             rows are packed.
+        retention: neutral text on which the base's distribution is aimed at, beside the rows.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         pad_token_id: int,
         passes: Passes | None = None,
         lengths: Sequence[int] | None = None,
+        retention: Retention | None = None,
         **kwargs: Any,
     ) -> None:
-        self.lengths = lengths
+        self.lengths, self.retention = lengths, retention
         self.step: _Step | None = None
         super().__init__(*args, **kwargs)
         base = self.accelerator.unwrap_model(self.model).base_model
@@ -68,6 +71,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         model.train()
         if self.step is None:
             self.step = _Step(self.accelerator.unwrap_model(model).prefix())
+            self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         total = torch.zeros((), device=self.args.device)
         for group in self.passes.plan([len(row.input_ids) for row in rows]):
@@ -80,6 +84,23 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self.step = None
         shown: torch.Tensor = total * self.accelerator.num_processes  # Trainer logs the mean over processes
         return shown
+
+    def _retain(self, step: _Step) -> None:
+        """Forward and backward of this optimizer step's neutral text; each process has other texts."""
+        if self.retention is None:
+            return
+        processes = self.accelerator.num_processes
+        rows = self.retention.rows_of(self.state.global_step * processes + self.accelerator.process_index)
+        tokens = sum(len(row.input_ids) - 1 for row in rows) * processes
+        for group in self.passes.plan([len(row.input_ids) for row in rows]):
+            with self.passes.loss([rows[row] for row in group], step.leaves) as divergence:
+                (self.retention.weight * divergence / tokens).backward()  # type: ignore[no-untyped-call]
+            self.retention.seen(float(divergence.detach()), tokens // processes)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.retention is not None and "loss" in logs:
+            logs = {**logs, "divergence": self.retention.mean()}
+        super().log(logs, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

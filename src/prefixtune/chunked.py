@@ -1,0 +1,145 @@
+"""Losses through a frozen head, in chunks: neither the logits nor their gradient are ever whole.
+
+The gradient by the hidden states is made in the same sweep as the loss, so that nothing is computed twice.
+Axes: S tokens, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["IGNORED", "STEP", "chunked_cross_entropy", "chunked_divergence", "wide"]
+
+STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
+CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
+SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
+IGNORED = -100
+Head = Callable[[Tensor], Tensor]
+# (logits [s, V], the chunk's place among the tokens, whether a gradient is wanted) -> summed loss;
+# the gradient takes the place of the logits
+Sweep = Callable[[Tensor, slice, bool], Tensor]
+
+
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Summed cross entropy of `head(hidden)` at the labels, for a head that is frozen.
+
+    Args:
+        hidden: [S, d].
+        labels: [S] token ids; -100 is left out before the head.
+
+    Returns:
+        A scalar of float32 (float64 for a float64 model), in nats.
+    """
+    chosen = (labels != IGNORED).nonzero().flatten()  # on the host, where the labels are: a GPU need not wait
+    spare = -len(chosen) % STEP
+    targets = F.pad(labels[chosen], (0, spare), value=IGNORED).to(hidden.device)
+    wanted = hidden.index_select(0, F.pad(chosen, (0, spare)).to(hidden.device))
+
+    def sweep(logits: Tensor, part: slice, gradient: bool) -> Tensor:
+        return _cross_entropy_(logits, targets[part], gradient=gradient)
+
+    loss: Tensor = _Chunked.apply(wanted, head, sweep)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def chunked_divergence(hidden: Tensor, teacher: Tensor, head: Head) -> Tensor:
+    """Summed KL(softmax(head(teacher)) || softmax(head(hidden))) over the tokens, for a head that is frozen.
+
+    The teacher's whole distribution counts, not its likeliest tokens alone: hidden states are all that has to
+    be kept of it.
+
+    Args:
+        hidden: [S, d] of the model that learns.
+        teacher: [S, d] of the one that it is to resemble; gets no gradient.
+
+    Returns:
+        A scalar of float32 (float64 for a float64 model), in nats.
+    """
+    places = F.pad(torch.arange(len(hidden)), (0, -len(hidden) % STEP)).to(hidden.device)
+    counted = (torch.arange(len(places)) < len(hidden)).to(hidden.device)
+    wanted, aim = hidden.index_select(0, places), teacher.detach().index_select(0, places)
+
+    def sweep(logits: Tensor, part: slice, gradient: bool) -> Tensor:
+        with torch.no_grad():
+            aimed = head(aim[part])
+        return _divergence_(logits, aimed, counted[part], gradient=gradient)
+
+    loss: Tensor = _Chunked.apply(wanted, head, sweep)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, sweep: Sweep) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wanted else None
+        vocabulary = head(hidden[:0].detach()).shape[1]
+        chunks = max(1, -(-len(hidden) * vocabulary // CHUNK_NUMBERS))
+        size = max(1, -(-len(hidden) // (chunks * STEP))) * STEP  # equal chunks, of few sizes
+        for first in range(0, len(hidden), size):
+            part = slice(first, first + size)
+            piece = hidden[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = head(piece)  # [s, V]
+            by_logits = logits.detach()  # in place of them
+            if hasattr(logits.grad_fn, "_saved_result"):  # the head's last step needs what it gave
+                by_logits = by_logits.clone()
+            total += sweep(by_logits, part, wanted)
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(logits, piece, by_logits)
+            del logits, by_logits
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, by_loss: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_loss.to(gradient.dtype), None, None
+
+
+def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """Summed nats of [s, V] logits; softmax minus one-hot takes their place. float32 within."""
+    total = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device)
+    for rows in _pieces(logits):
+        part, picked = logits[rows], labels[rows, None]
+        counts, picked = picked != IGNORED, picked.clamp_min(0)
+        numbers = part.to(total.dtype, copy=True)
+        numbers -= numbers.amax(dim=1, keepdim=True)
+        of_target = numbers.gather(1, picked)
+        sums = numbers.exp_().sum(dim=1, keepdim=True)
+        total += ((sums.log() - of_target) * counts).sum()
+        if gradient:
+            by_target = (numbers.gather(1, picked) / sums - 1) * counts  # in bfloat16 0.999 - 1 would be 0
+            torch.mul(numbers, counts / sums, out=part)
+            part.scatter_(1, picked, by_target.to(part.dtype))
+    return total
+
+
+def _divergence_(logits: Tensor, aimed: Tensor, counted: Tensor, *, gradient: bool) -> Tensor:
+    """Summed KL(softmax(aimed) || softmax(logits)) in nats, [s, V] each; the gradient replaces the logits."""
+    total = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device)
+    for rows in _pieces(logits):
+        counts = counted[rows, None]
+        ours = torch.log_softmax(logits[rows], dim=1, dtype=total.dtype)
+        theirs = torch.log_softmax(aimed[rows], dim=1, dtype=total.dtype)
+        likely = theirs.exp()
+        total += ((theirs - ours).mul_(likely).sum(dim=1, keepdim=True) * counts).sum()
+        if gradient:
+            logits[rows] = (ours.exp_() - likely).mul_(counts).to(logits.dtype)
+    return total
+
+
+def _pieces(logits: Tensor) -> list[slice]:
+    size = max(1, SOFTMAX_NUMBERS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(first, first + size) for first in range(0, len(logits), max(1, size))]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 where it is of less."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

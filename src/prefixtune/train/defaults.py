@@ -1,0 +1,131 @@
+"""What the options of a run leave open: start, length, learning rate, steps, passes. Knows no folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from prefixtune.config import PrefixConfig, TrainConfig
+from prefixtune.data import Example
+from prefixtune.errors import DataError
+from prefixtune.geometry import Geometry
+from prefixtune.load import LoadedBase
+from prefixtune.loss import PASS_TOKENS
+from prefixtune.progress import note
+
+__all__ = [
+    "check_lengths",
+    "check_options",
+    "default_learning_rate",
+    "digest",
+    "planned_steps",
+    "prefix_config_of",
+    "resolve",
+]
+
+DIRECT_LEARNING_RATE = 2e-2  # KV numbers are of size 1 to 2 and need large steps (docs/adr/0002)
+# a step of the projection moves every KV number by a sum over its hidden layer
+PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given.keys() & {"init", "init_text", "init_tokens"}:
+        given |= {"init": "random"}  # the start is decided when the rows are known
+    PrefixConfig(**_with_init(given))
+
+
+def _with_init(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`init` from what is given with it: a text, or token ids."""
+    for name, kind in (("init_text", "text"), ("init_tokens", "tokens")):
+        if "init" not in given and name in given:
+            return {**given, "init": kind}
+    return dict(given)
+
+
+def prefix_config_of(
+    began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
+) -> PrefixConfig:
+    """The user's options; where they say nothing of a start, the KV of the first training rows."""
+    if began:
+        return PrefixConfig.from_dict(began["prefix"])
+    given = _with_init({name: value for name, value in options.items() if value is not None})
+    if "init" not in given:
+        length = given.get("length", PrefixConfig().length)
+        tokens: list[int] = []
+        for example in examples:
+            tokens += example.input_ids
+            if len(tokens) >= length:
+                break
+        given |= {"init": "tokens", "init_tokens": tuple(tokens[:length])}
+        shown = base.tokenizer.decode(tokens[:length]) if base.tokenizer is not None else tokens[:length]
+        note(f"the prefix starts from the KV of: {shown!r:.200}")
+    return PrefixConfig(**given)
+
+
+def resolve(
+    config: TrainConfig, prefix: PrefixConfig, base: LoadedBase, examples: list[Example]
+) -> dict[str, Any]:
+    """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
+    hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
+    steps = planned_steps(config, len(examples))
+    return {
+        "steps": steps,
+        "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size),
+        "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
+        "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
+        "packing_length": _packing_length(config, examples),
+        "rows": digest(examples),
+    }
+
+
+def _packing_length(config: TrainConfig, examples: list[Example]) -> int:
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    needed = len(longest.input_ids)
+    if config.packing_length is not None and needed > config.packing_length:
+        raise DataError(
+            f"{longest.origin}: {needed} tokens do not fit a pass of packing_length {config.packing_length}",
+            hint=f"use --packing-length {needed}, or --max-length {config.packing_length}",
+        )
+    return config.packing_length or max(PASS_TOKENS, needed)
+
+
+def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
+    """By parameterisation; of the projection, falling with the square root of its hidden size."""
+    if not config.projection:
+        return DIRECT_LEARNING_RATE
+    return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
+
+
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    if config.max_steps:
+        return config.max_steps
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return max(1, math.ceil(config.num_train_epochs * per_epoch))
+
+
+def digest(examples: list[Example]) -> str:
+    """A hash of the rows as the model sees them."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps([example.input_ids, example.labels]).encode())
+    return found.hexdigest()
+
+
+def check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
+    config = base.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    needed = prefix.length + len(longest.input_ids)
+    if isinstance(limit, int) and needed > limit:
+        raise DataError(
+            f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
+            f"{needed} positions; {base.name} has {limit}",
+            hint=f"use --max-length {limit - prefix.length}, or a shorter prefix"
+            if limit - prefix.length > 2
+            else "use a shorter prefix",
+        )

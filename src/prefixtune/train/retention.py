@@ -1,0 +1,104 @@
+"""Keeps a prefix close to the bare model on text that is none of its task: less is forgotten.
+
+Beside the rows, every optimizer step aims at the base's own distribution on a little text that the base has
+sampled itself (Li & Hoiem 2016, learning without forgetting; the text as in Liu et al. 2023, LLM-QAT, section
+3.1: a random first token, so that no data and no language has to be chosen).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.generate import ending, generate_ids, sampling, seeded
+from prefixtune.geometry import quiet_eval
+from prefixtune.loss import Passes, RowTokens
+from prefixtune.train.folder import RETENTION
+
+__all__ = ["Retention", "kept_texts", "sample_texts"]
+
+TEXTS, TOKENS = 64, 64
+PER_STEP = 2  # of the texts in an optimizer step
+BATCH = 32  # a sample depends on its batch, so the size is no option
+
+
+@dataclass
+class Retention:
+    """Neutral text with the base's hidden states.
+
+    Attributes:
+        rows: each with aims.
+        weight: of the divergence (nats per token) beside the loss (nats per target token).
+        per_step: rows of an optimizer step.
+    """
+
+    rows: Sequence[RowTokens]
+    weight: float
+    per_step: int = PER_STEP
+    totals: list[tuple[float, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, passes: Passes, texts: Sequence[Sequence[int]], *, weight: float) -> Retention:
+        """The texts as rows that aim at the bare model of the passes."""
+        rows = [RowTokens(torch.tensor(ids), torch.tensor(ids)) for ids in texts]
+        with quiet_eval(passes.base):
+            aims = passes.aims(rows)
+        aimed = [RowTokens(row.input_ids, row.labels, aim) for row, aim in zip(rows, aims, strict=True)]
+        return cls(rows=aimed, weight=weight)
+
+    def rows_of(self, step: int) -> list[RowTokens]:
+        """A step's rows: one after the other, from the first again after the last."""
+        return [self.rows[(step * self.per_step + place) % len(self.rows)] for place in range(self.per_step)]
+
+    def seen(self, nats: float, tokens: int) -> None:
+        """Note a divergence, for the log."""
+        self.totals.append((nats, tokens))
+
+    def mean(self) -> float:
+        """Nats per token since it was asked last."""
+        nats, tokens = (sum(part) for part in zip(*self.totals, strict=True)) if self.totals else (0.0, 0)
+        self.totals = []
+        return nats / max(tokens, 1)
+
+
+def kept_texts(output: Path, base: Any, tokenizer: Any, *, seed: int) -> list[list[int]]:
+    """The texts of a run: those in its folder, where it is resumed; else new ones, which the folder gets."""
+    path = output / RETENTION
+    if path.exists():
+        texts: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        return texts
+    texts = sample_texts(base, tokenizer, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{RETENTION}.draft")
+    draft.write_text(json.dumps(texts), encoding="utf-8")
+    draft.replace(path)
+    return texts
+
+
+def sample_texts(
+    base: Any, tokenizer: Any, *, seed: int, texts: int = TEXTS, tokens: int = TOKENS
+) -> list[list[int]]:
+    """Token ids that the bare model samples at temperature 1 after a random first token."""
+    generator = torch.Generator().manual_seed(seed)
+    special = {*tokenizer.all_special_ids, ending(base, tokenizer)["pad_token_id"]}
+    words = torch.randperm(len(tokenizer), generator=generator).tolist()
+    start = [] if tokenizer.bos_token_id is None else tokenizer("a")["input_ids"][:1]
+    start = start if start == [tokenizer.bos_token_id] else []
+    asked = [[*start, word] for word in words if word not in special][:texts]
+    settings = {**sampling(temperature=1.0, top_p=1.0), "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    with seeded(seed):
+        answers = generate_ids(
+            base,
+            tokenizer,
+            asked,
+            max_new_tokens=tokens,
+            batch_size=BATCH,
+            settings=settings,
+            progress="sampling neutral text",
+        )
+    return [[*begin, *new] for begin, new in zip(asked, answers, strict=True) if len(begin) + len(new) > 1]
