@@ -63,6 +63,7 @@ def curves(
     base: Any, examples: Sequence[Example], *, batch: int, learning_rate: float, seed: int
 ) -> dict[str, list[float]]:
     """The loss of each optimizer step of one epoch, of PEFT and of ours."""
+    import torch
     from peft import PrefixTuningConfig, TaskType, get_peft_model
     from transformers import Trainer, set_seed
 
@@ -82,9 +83,12 @@ def curves(
         trainer = Trainer(theirs, arguments, train_dataset=rows, data_collator=Collator(pad))
         found["peft"] = _losses(trainer)
         arguments = _arguments(Path(folder), batch=ROWS_PER_STEP, learning_rate=learning_rate, seed=seed)
+        ours = PrefixModel(base.model, start)
+        plain = torch.optim.AdamW(ours.prefix.parameters(), lr=learning_rate, weight_decay=0.0)
         trainer = PrefixTrainer(
-            PrefixModel(base.model, start),
+            ours,
             arguments,
+            optimizers=(plain, None),  # PEFT has one learning rate for all numbers
             train_dataset=list(examples),
             data_collator=Collator(pad),
             pad_token_id=pad,

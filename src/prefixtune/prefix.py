@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,13 @@ class _DirectKV(nn.Module):
         super().__init__()
         self.key = nn.ParameterList(_parameter(layer.key) for layer in start.layers)
         self.value = nn.ParameterList(_parameter(layer.value) for layer in start.layers)
+        self.sizes = [size for layer in start.layers for size in (_size(layer.key), _size(layer.value))]
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        tensors = [tensor for pair in zip(self.key, self.value, strict=True) for tensor in pair]
+        return [
+            {"params": [tensor], "lr": rate * size} for tensor, size in zip(tensors, self.sizes, strict=True)
+        ]
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.key, self.value, strict=True))
@@ -159,6 +167,9 @@ class _ProjectedKV(nn.Module):
         solution = torch.linalg.pinv(features.double()) @ (target - mean).double()  # [hidden, numbers]
         self.up.weight.copy_(solution.T)
         self.up.bias.copy_(mean)
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.parameters()), "lr": rate}]
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         rows = self.up(torch.tanh(self.down(self.embedding.weight)))  # [P, numbers]
@@ -222,6 +233,22 @@ class Prefix(nn.Module):
         pairs |= zip(self.frozen.numbers, self.frozen(), strict=True)
         return [pairs[number] for number in range(len(pairs))]
 
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer such as AdamW, whose steps are as large as its learning rate.
+
+        The keys of a layer, and its values, step in proportion to their size at the start (root mean square),
+        which differs by a factor of 40 within one model: a step that moves one layer's values far is nothing
+        to another's (docs/adr/0006). The parameters of a projection are one group.
+
+        Args:
+            rate: share of that size; the learning rate itself with a projection.
+
+        Example:
+            >>> torch.optim.AdamW(model.prefix.parameter_groups(4e-2), weight_decay=0.0)   # doctest: +SKIP
+        """
+        groups: list[dict[str, Any]] = self.parameterisation.parameter_groups(rate)  # type: ignore[operator]
+        return groups
+
     @torch.no_grad()
     def bake(self) -> PrefixKV:
         """The prefix as it stands now: detached copies, [kv_heads, P, head_dim] per layer."""
@@ -282,6 +309,12 @@ def _only(geometry: Geometry, numbers: Sequence[int]) -> Geometry:
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(torch.float32).clone())
+
+
+def _size(tensor: Tensor) -> float:
+    """Root mean square of [H, P, D]; the first token is left out, where models park attention."""
+    rest = tensor[:, 1:] if tensor.shape[1] > 1 else tensor
+    return float(rest.detach().float().square().mean().sqrt()) or 1.0
 
 
 def _row(key: Tensor, value: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 
 from families import VOCAB, tiny_model
-from prefixtune import PrefixConfig, PrefixModel
+from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
+from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
 
 few_families = pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
@@ -96,6 +97,29 @@ def test_trainer_moves_the_prefix_and_nothing_else(
     assert target_loss(model) < 0.9 * before
     assert all(not torch.equal(now, then) for now, then in zip(tensors(model), start, strict=True))
     assert all(torch.equal(weights, base[name]) for name, weights in model.base_model.state_dict().items())
+
+
+@few_families
+def test_first_step_moves_the_keys_and_the_values_of_each_layer_by_the_same_share_of_their_size(
+    family: str, tmp_path: Path
+) -> None:
+    model = fresh(family)
+    start = tensors(model)
+    made = trainer("ours", model, tmp_path, max_steps=1, learning_rate=0.02, logging_steps=1)
+    made.train()
+    assert made.state.log_history[0]["learning_rate"] == pytest.approx(0.02)
+    for now, then in zip(tensors(model), start, strict=True):
+        size = float(then[:, 1:].square().mean().sqrt())  # the first token is where attention is parked
+        assert float((now - then).abs().max()) == pytest.approx(0.02 * size, rel=1e-2)
+
+
+def test_sizes_of_zero_train_too(tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    layers = PrefixKV.from_tokens(base, A).layers
+    zero = PrefixKV(tuple(LayerKV(torch.zeros_like(kv.key), torch.zeros_like(kv.value)) for kv in layers))
+    model = PrefixModel(base, zero)
+    trainer("ours", model, tmp_path, max_steps=2).train()
+    assert all(bool(tensor.any()) for tensor in tensors(model))
 
 
 @few_families

@@ -56,6 +56,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self.lengths, self.retention = lengths, retention
         self.step: _Step | None = None
+        self.optimizer: Any = None
         super().__init__(*args, **kwargs)
         base = self.accelerator.unwrap_model(self.model).base_model
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
@@ -65,6 +66,20 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             return super()._get_train_sampler(train_dataset)
         size = 1 if self.passes.packing else self.args.train_batch_size
         return LengthGroupedSampler(self.lengths, size, seed=self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW on the groups of `Prefix.parameter_groups`."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.accelerator.unwrap_model(self.model).prefix.parameter_groups(options.pop("lr"))
+            self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """For the log: what a tensor of size 1 would have."""
+        first: float = self.optimizer.param_groups[0]["lr"]
+        begin = self.optimizer.param_groups[0].get("initial_lr", first)
+        return self.args.learning_rate * first / begin if begin else 0.0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; the last one of an optimizer step ends it in the prefix."""
