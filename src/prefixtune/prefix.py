@@ -313,6 +313,8 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _size(tensor: Tensor) -> float:
     """Root mean square of [H, P, D]; the first token is left out, where models park attention."""
+    if tensor.is_meta:  # a prefix whose memory alone is asked for
+        return 1.0
     rest = tensor[:, 1:] if tensor.shape[1] > 1 else tensor
     return float(rest.detach().float().square().mean().sqrt()) or 1.0
 

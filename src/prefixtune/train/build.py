@@ -19,7 +19,7 @@ from prefixtune.loss import Passes
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.defaults import check_lengths, prefix_config_of, resolve
-from prefixtune.train.retention import Retention, kept_texts
+from prefixtune.train.retention import SHORTEST, TOKENS, Retention, kept_texts
 from prefixtune.train.trainer import KeepBest, PrefixTrainer, training_arguments
 
 __all__ = ["add_retention", "make_trainer", "trainer_for"]
@@ -96,10 +96,24 @@ def make_trainer(
 
 
 def add_retention(trainer: PrefixTrainer, config: TrainConfig, output: Path, tokenizer: Any) -> None:
-    """Give the trainer the neutral text of a run, if it is to have some; `output` keeps it."""
-    if config.retain:
-        texts = kept_texts(output, trainer.passes.base, tokenizer, seed=config.seed)
-        trainer.retention = Retention.of(trainer.passes, texts, weight=config.retain)
+    """Give the trainer the neutral text of a run, if it is to have some; `output` keeps it.
+
+    Raises:
+        ConfigError: the model has too few positions for a text behind the prefix.
+    """
+    if not config.retain:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    room = TOKENS
+    if not model.geometry.positions_extrapolate and model.geometry.max_positions is not None:
+        room = min(room, model.geometry.max_positions - model.prefix.config.length)
+    if room < SHORTEST:
+        raise ConfigError(
+            f"retain: {room} positions are left behind the prefix, too few for neutral text",
+            hint="use a shorter prefix, or --retain 0",
+        )
+    texts = kept_texts(output, model.base_model, tokenizer, seed=config.seed, tokens=room)
+    trainer.retention = Retention.of(trainer.passes, texts, weight=config.retain)
 
 
 def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:

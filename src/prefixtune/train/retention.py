@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from prefixtune.errors import DataError
 from prefixtune.generate import ending, generate_ids, sampling, seeded
-from prefixtune.geometry import quiet_eval
+from prefixtune.geometry import quiet_eval, text_config
 from prefixtune.loss import Passes, RowTokens
 from prefixtune.train.folder import RETENTION
 
-__all__ = ["Retention", "kept_texts", "sample_texts"]
+__all__ = ["SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
 
 TEXTS, TOKENS = 64, 64
+SHORTEST = 4  # tokens of a text that says anything
 PER_STEP = 2  # of the texts in an optimizer step
 BATCH = 32  # a sample depends on its batch, so the size is no option
 
@@ -66,13 +68,15 @@ class Retention:
         return nats / max(tokens, 1)
 
 
-def kept_texts(output: Path, base: Any, tokenizer: Any, *, seed: int) -> list[list[int]]:
+def kept_texts(
+    output: Path, base: Any, tokenizer: Any, *, seed: int, tokens: int = TOKENS
+) -> list[list[int]]:
     """The texts of a run: those in its folder, where it is resumed; else new ones, which the folder gets."""
     path = output / RETENTION
     if path.exists():
         texts: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
         return texts
-    texts = sample_texts(base, tokenizer, seed=seed)
+    texts = sample_texts(base, tokenizer, seed=seed, tokens=tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{RETENTION}.draft")
     draft.write_text(json.dumps(texts), encoding="utf-8")
@@ -83,12 +87,15 @@ def kept_texts(output: Path, base: Any, tokenizer: Any, *, seed: int) -> list[li
 def sample_texts(
     base: Any, tokenizer: Any, *, seed: int, texts: int = TEXTS, tokens: int = TOKENS
 ) -> list[list[int]]:
-    """Token ids that the bare model samples at temperature 1 after a random first token."""
+    """Token ids, up to `tokens` of a text, that the bare model samples at temperature 1 after a random token.
+
+    Raises:
+        DataError: the model ends every text at once.
+    """
     generator = torch.Generator().manual_seed(seed)
     special = {*tokenizer.all_special_ids, ending(base, tokenizer)["pad_token_id"]}
-    words = torch.randperm(len(tokenizer), generator=generator).tolist()
-    start = [] if tokenizer.bos_token_id is None else tokenizer("a")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
+    words = torch.randperm(min(len(tokenizer), text_config(base).vocab_size), generator=generator).tolist()
+    start = _beginning(tokenizer)
     asked = [[*start, word] for word in words if word not in special][:texts]
     settings = {**sampling(temperature=1.0, top_p=1.0), "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     with seeded(seed):
@@ -96,9 +103,21 @@ def sample_texts(
             base,
             tokenizer,
             asked,
-            max_new_tokens=tokens,
+            max_new_tokens=tokens - len(start) - 1,
             batch_size=BATCH,
             settings=settings,
             progress="sampling neutral text",
         )
-    return [[*begin, *new] for begin, new in zip(asked, answers, strict=True) if len(begin) + len(new) > 1]
+    found = [[*begin, *new] for begin, new in zip(asked, answers, strict=True) if new]
+    if not found:
+        raise DataError(
+            "the model ends every text that it is to sample at once",
+            hint="--retain 0 does without neutral text",
+        )
+    return found
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that begins every text, where there is one."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

@@ -1,0 +1,92 @@
+"""Neutral text in a run: sampled by the bare model, the same when resumed, and less is forgotten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from families import tiny_model
+from prefixtune import PrefixModel
+from prefixtune.cli import main
+from prefixtune.load import load_base
+from prefixtune.storage import read_info
+from prefixtune.train.retention import Retention, sample_texts
+from tokenizers_for_tests import byte_tokenizer
+
+WORDS = ("yes", "no", "so", "and")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("retention")
+    tiny_model("llama", vocab_size=len(byte_tokenizer())).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": f"say {i % 7}", "input": "", "output": "yes " * 8} for i in range(48)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def train(place: Path, output: Path, *more: Any) -> Any:
+    line = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", output, "--json"]
+    line += ["--report-to", "none", "--dtype", "float32", "--max-steps", 12, "--learning-rate", 0.2, *more]
+    found = CliRunner().invoke(main, [*map(str, line)])
+    assert found.exit_code == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_texts_are_the_seeds_and_begin_differently(place: Path) -> None:
+    base = load_base(str(place / "model"), dtype="float32")
+    first, again, other = (sample_texts(base.model, base.tokenizer, seed=seed, texts=8) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({text[0] for text in first}) == 8
+    assert all(2 <= len(text) <= 64 for text in first)
+
+
+def test_neutral_text_is_forgotten_less(place: Path, tmp_path: Path) -> None:
+    found = {}
+    for weight in (0, 3):
+        train(place, tmp_path / str(weight), "--retain", weight)
+        base = load_base(str(place / "model"), dtype="float32")
+        model = PrefixModel.from_pretrained(base.model, tmp_path / str(weight))
+        texts = sample_texts(base.model, base.tokenizer, seed=99, texts=16)
+        with torch.no_grad():
+            losses = [
+                [float(one(input_ids=ids, labels=ids).loss) for one in (model, base.model)]
+                for ids in (torch.tensor([text]) for text in texts)
+            ]
+        found[weight] = sum(tuned - bare for tuned, bare in losses) / len(losses)
+    assert found[0] > 0
+    assert found[3] < 0.7 * found[0]
+
+
+def test_resumed_run_has_the_same_text_and_ends_with_the_same_bits(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "run", "--retain", 1, "--save-steps", 4)
+    texts = (tmp_path / "run" / "retention.json").read_text()
+    whole = read_info(tmp_path / "run")["sha256"]
+    for name in ("prefix.json", "prefix.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    for checkpoint in (tmp_path / "run").glob("checkpoint-12"):
+        for file in sorted(checkpoint.rglob("*")):
+            file.unlink()
+        checkpoint.rmdir()
+    train(place, tmp_path / "run", "--retain", 1, "--save-steps", 4, "--resume")
+    assert (tmp_path / "run" / "retention.json").read_text() == texts
+    assert read_info(tmp_path / "run")["sha256"] == whole
+
+
+def test_divergence_is_logged_beside_the_loss(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "run", "--retain", 1, "--logging-steps", 4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["divergence"] for line in lines if "loss" in line]
+    assert len(logged) == 3
+    assert all(value > 0 for value in logged)
+
+
+def test_steps_go_through_the_texts_in_turn() -> None:
+    retention = Retention(rows=list("abcde"), weight=1.0, per_step=2)  # type: ignore[arg-type]
+    assert ["".join(retention.rows_of(step)) for step in range(4)] == ["ab", "cd", "ea", "bc"]  # type: ignore[arg-type]
