@@ -50,6 +50,15 @@ class TokenIds(click.ParamType):  # type: ignore[type-arg]  # generic since clic
             self.fail(f"expected integers with commas between them; got {value!r}", param, ctx)
 
 
+class Length(click.ParamType):  # type: ignore[type-arg]
+    """A number of virtual tokens, or auto."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 def config_options(
     *sections: str,
     only: Sequence[str] = (),
@@ -142,7 +151,8 @@ def _add_knob(
         option = click.option(f"--{kebab}/--no-{kebab}", field.name, is_flag=True, **settings)
     else:
         choices = field.metadata.get("choices")
-        type_ = click.Choice(choices) if choices else TokenIds() if kind is tuple else kind
+        known = {"length": Length(), "init_tokens": TokenIds()}
+        type_ = click.Choice(choices) if choices else known.get(field.name, kind)
         option = click.option(f"--{kebab}", field.name, type=type_, **settings)
     option(command)
 

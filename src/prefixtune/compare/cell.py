@@ -27,7 +27,7 @@ from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.metrics import Scores, measure
-from prefixtune.train import planned_steps, trainer_for
+from prefixtune.train import default_length, planned_steps, trainer_for
 
 __all__ = ["run_cell"]
 
@@ -174,7 +174,7 @@ def _peer(
         shared=shared,
         steps=planned_steps(shared, len(examples)),
         output=folder,
-        length=plan.prefix_length,
+        length=plan.prefix_length or default_length(len(examples)),
         start=_first_tokens(examples),
         pad_token_id=ending(base.model, base.tokenizer)["pad_token_id"],
         precision=precision,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.compare.settings import Method, methods_of
-from prefixtune.config import DataConfig, PrefixConfig, TrainConfig, _Config, option
+from prefixtune.config import DataConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
@@ -121,10 +121,14 @@ class Plan:
         return found
 
     @property
-    def prefix_length(self) -> int:
-        """Virtual tokens of the method `prefix`, which the others are matched with, compared or not."""
+    def prefix_length(self) -> int | None:
+        """Virtual tokens of the method `prefix`, which the others are matched with, compared or not.
+
+        None where the number of rows decides.
+        """
         (ours,) = methods_of(("prefix",), self.changes)
-        return PrefixConfig(**{"init": "random", **ours.prefix_options}).length
+        length: int | None = ours.prefix_options.get("length")
+        return length
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the arguments of `plan_of`."""

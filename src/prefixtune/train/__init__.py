@@ -6,8 +6,17 @@ Knows data and models by name only.
 """
 
 from prefixtune.train.build import trainer_for
-from prefixtune.train.defaults import default_learning_rate, planned_steps
+from prefixtune.train.defaults import AUTO, default_learning_rate, default_length, planned_steps
 from prefixtune.train.session import TrainResult, train
 from prefixtune.train.trainer import PrefixTrainer
 
-__all__ = ["PrefixTrainer", "TrainResult", "default_learning_rate", "planned_steps", "train", "trainer_for"]
+__all__ = [
+    "AUTO",
+    "PrefixTrainer",
+    "TrainResult",
+    "default_learning_rate",
+    "default_length",
+    "planned_steps",
+    "train",
+    "trainer_for",
+]

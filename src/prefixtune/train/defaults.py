@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixtune.config import PrefixConfig, TrainConfig
@@ -17,22 +17,27 @@ from prefixtune.loss import PASS_TOKENS
 from prefixtune.progress import note
 
 __all__ = [
+    "AUTO",
     "check_lengths",
     "check_options",
     "default_learning_rate",
+    "default_length",
     "digest",
     "planned_steps",
     "prefix_config_of",
     "resolve",
 ]
 
-DIRECT_LEARNING_RATE = 2e-2  # KV numbers are of size 1 to 2 and need large steps (docs/adr/0002)
+AUTO = "auto"
+SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
+# of the size of the keys and values (docs/adr/0006)
+DIRECT_LEARNING_RATE = 6e-2
 # a step of the projection moves every KV number by a sum over its hidden layer
 PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _given(options)
     if not given.keys() & {"init", "init_text", "init_tokens"}:
         given |= {"init": "random"}  # the start is decided when the rows are known
     PrefixConfig(**_with_init(given))
@@ -46,15 +51,48 @@ def _with_init(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given; a length of "auto" is none."""
+    unsaid = (("length", AUTO),)
+    return {
+        name: value for name, value in options.items() if value is not None and (name, value) not in unsaid
+    }
+
+
+def default_length(rows: int) -> int:
+    """Virtual tokens for so many training rows: a long prefix learns few rows by heart (docs/defaults.md).
+
+    Example:
+        >>> [default_length(rows) for rows in (50, 400, 2000)]
+        [11, 32, 64]
+    """
+    return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(1.6 * math.sqrt(rows))))
+
+
+def _length_for(base: LoadedBase, examples: Sequence[Example]) -> int:
+    """The default length, or what positions the longest row leaves."""
+    length, limit = default_length(len(examples)), _positions(base)
+    if limit is not None:
+        length = min(length, max(1, limit - max(len(example.input_ids) for example in examples)))
+    return length
+
+
+def _positions(base: LoadedBase) -> int | None:
+    config = base.model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def prefix_config_of(
     began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
 ) -> PrefixConfig:
     """The user's options; where they say nothing of a start, the KV of the first training rows."""
     if began:
         return PrefixConfig.from_dict(began["prefix"])
-    given = _with_init({name: value for name, value in options.items() if value is not None})
+    given = _with_init(_given(options))
+    given.setdefault("length", _length_for(base, examples))
     if "init" not in given:
-        length = given.get("length", PrefixConfig().length)
+        length = given["length"]
         tokens: list[int] = []
         for example in examples:
             tokens += example.input_ids
@@ -117,11 +155,10 @@ def digest(examples: list[Example]) -> str:
 
 
 def check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
-    config = base.model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = _positions(base)
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = prefix.length + len(longest.input_ids)
-    if isinstance(limit, int) and needed > limit:
+    if limit is not None and needed > limit:
         raise DataError(
             f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
             f"{needed} positions; {base.name} has {limit}",

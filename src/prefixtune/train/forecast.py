@@ -25,6 +25,7 @@ from prefixtune.memory import (
     without_weights,
 )
 from prefixtune.model import PrefixModel
+from prefixtune.train.defaults import AUTO, default_length
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
 
@@ -101,11 +102,7 @@ def forecast_for(
         UnsupportedModelError: the model cannot carry a prefix.
     """
     data_config, config = data_config or DataConfig(), config or TrainConfig()
-    sizes = {
-        k: v
-        for k, v in (prefix_options or {}).items()
-        if k in ("length", "projection", "hidden_size", "layers")
-    }
+    sizes = {k: v for k, v in (prefix_options or {}).items() if k in SIZES and v != AUTO}
     dtype, place = placement(config.dtype, device)
     files = weight_files(model)
     tokenizer = load_tokenizer(model) if data or eval_data or files else None
@@ -118,6 +115,8 @@ def forecast_for(
         else:
             found.append([])
     base = empty_model(model)
+    if found[0]:
+        sizes.setdefault("length", default_length(len(found[0])))
     setup = setup_of(
         config,
         PrefixConfig(**sizes),

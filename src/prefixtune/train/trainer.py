@@ -76,7 +76,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
-        """For the log: what a tensor of size 1 would have."""
+        """For the log: the rate that the groups are shares of."""
         first: float = self.optimizer.param_groups[0]["lr"]
         begin = self.optimizer.param_groups[0].get("initial_lr", first)
         return self.args.learning_rate * first / begin if begin else 0.0
