@@ -30,7 +30,14 @@ from prefixtune_vllm.asgi import (
 from prefixtune_vllm.canary import Canaries
 from prefixtune_vllm.errors import PrefixError, RefusalError
 from prefixtune_vllm.export import Export, Prefix
-from prefixtune_vllm.rules import check_client, check_prompt, split_model, with_prefix
+from prefixtune_vllm.rules import (
+    check_client,
+    check_prompt,
+    split_model,
+    split_prompts,
+    to_tokenize,
+    with_prefix,
+)
 
 __all__ = ["PrefixMiddleware"]
 
@@ -85,16 +92,39 @@ class PrefixMiddleware:
         await canaries.prove(prefix, scope)
         is_chat = path == CHAT
         asked = with_prefix(body, prefix, export, is_chat=is_chat)
-        rendered = await ask(self.app, scope, f"{path}/render", _to_render(asked))
-        if rendered.status != 200:
-            return await relay(send, rendered)
         if is_chat:
-            check_prompt(rendered.json().get("token_ids"), prefix, export, room=None)
+            ids, room = await self._tokens(scope, to_tokenize(asked))
+            check_prompt(ids, prefix, export, room=room)
         else:
-            asked["prompt"] = [export.placed(prefix, prompt["token_ids"]) for prompt in rendered.json()]
+            asked["prompt"] = await self._prompts(scope, asked, prefix, export)
         answer = Answer(send, base=export.base, model=body["model"])
         await forward(self.app, scope, json.dumps(asked).encode(), receive, answer)
         return None
+
+    async def _prompts(
+        self, scope: Scope, asked: Mapping[str, Any], prefix: Prefix, export: Export
+    ) -> list[list[int]]:
+        """A completion's prompts as token ids, the prefix first: in a text nothing could stand before <s>."""
+        prompts = []
+        for prompt in split_prompts(asked.get("prompt")):
+            if isinstance(prompt, str):
+                special = asked.get("add_special_tokens", True)
+                text = {"model": export.base, "prompt": prompt, "add_special_tokens": special}
+                ids, _ = await self._tokens(scope, text)
+                prompts.append(export.placed(prefix, ids))
+            else:
+                prompts.append(export.placed(prefix, prompt))
+        return prompts
+
+    async def _tokens(self, scope: Scope, body: Mapping[str, Any]) -> tuple[list[int], int]:
+        """The tokens that vLLM makes of a text or a chat, and how many it takes."""
+        reply = await ask(self.app, scope, "/tokenize", body)
+        found = reply.json()
+        if reply.status != 200 or not isinstance(found, dict):
+            error = found.get("error") if isinstance(found, dict) else None
+            message = error.get("message") if isinstance(error, dict) else None
+            raise RefusalError(reply.status, str(message or "the prompt cannot be made into tokens"))
+        return found["tokens"], found["max_model_len"]
 
     def _ready(self) -> tuple[Export, Canaries]:
         if self._export is None or self._canaries is None:
@@ -157,12 +187,6 @@ def _find(export: Export, name: str) -> Prefix:
         raise RefusalError(
             503, f"the prefix {name} cannot be used now; see the server's log", param="model"
         ) from None
-
-
-def _to_render(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The same prompt, for the route that only turns it into tokens."""
-    ours = ("kv_transfer_params", "cache_salt", "stream", "stream_options")
-    return {name: value for name, value in asked.items() if name not in ours}
 
 
 def _export_folder(transfer: Any) -> str:

@@ -6,13 +6,13 @@ so is every field that is not known to be harmless, since vLLM gets new ones wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prefixtune_vllm.errors import RefusalError
 from prefixtune_vllm.export import Export, Prefix
 
-__all__ = ["check_client", "split_model", "with_prefix"]
+__all__ = ["check_client", "check_prompt", "split_model", "split_prompts", "to_tokenize", "with_prefix"]
 
 RESERVED = ("kv_transfer_params", "ec_transfer_params", "cache_salt")  # anywhere in the JSON
 TOKEN_FIELDS = ("prompt", "token_ids", "prompt_token_ids")
@@ -107,11 +107,39 @@ def with_prefix(body: dict[str, Any], prefix: Prefix, export: Export, *, is_chat
     return {**kept, "chat_template_kwargs": {**arguments, **ours, **length}}
 
 
-def check_prompt(ids: Any, prefix: Prefix, export: Export, *, room: int | None) -> None:
+def to_tokenize(chat: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat for vLLM's /tokenize, which knows fewer fields: the others reach the template as arguments."""
+    same = ("model", "messages", "add_generation_prompt", "continue_final_message")
+    kept = {name: chat[name] for name in same if name in chat}
+    arguments = {name: chat[name] for name in ("documents", "reasoning_effort") if chat.get(name)}
+    kept["chat_template_kwargs"] = {**arguments, **chat["chat_template_kwargs"]}
+    if chat.get("tools"):
+        kept["tools"] = chat["tools"]
+    return kept
+
+
+def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
+    """The prompts of a completion: one text or list of ids, or several.
+
+    Raises:
+        RefusalError: it is something else.
+    """
+    several = (
+        prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    )
+    texts = all(isinstance(one, str) for one in several)
+    if not texts and not all(isinstance(one, list) and all(map(_is_id, one)) for one in several):
+        raise RefusalError(
+            400, "prompt: expected a text, a list of token ids, or a list of these", param="prompt"
+        )
+    return several
+
+
+def check_prompt(ids: Any, prefix: Prefix, export: Export, *, room: int) -> None:
     """Refuse a rendered chat that is not P placeholders and then a text of other tokens.
 
     Args:
-        room: the most tokens that the engine takes, where that is known.
+        room: the most tokens that the engine takes, the answer included.
     """
     length = prefix.stored.length
     if not isinstance(ids, list) or ids[:length] != [export.placeholder] * length:
@@ -120,7 +148,7 @@ def check_prompt(ids: Any, prefix: Prefix, export: Export, *, room: int | None) 
         raise RefusalError(400, "the prompt is empty: a prefix needs a text after it", param="messages")
     if export.placeholder in ids[length:]:
         raise RefusalError(400, f"the text becomes the reserved token {export.text}", param="messages")
-    if room is not None and len(ids) >= room:
+    if len(ids) >= room:
         raise RefusalError(
             400, f"the prompt has {len(ids)} tokens, prefix included; there is room for {room}"
         )
@@ -140,9 +168,11 @@ def _walk(value: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
 
 
 def _holds(value: Any, token: int) -> bool:
-    return isinstance(value, list) and any(
-        not isinstance(item, str | list | dict | bool | None) and item == token for item in value
-    )
+    return isinstance(value, list) and any(isinstance(item, int | float) and item == token for item in value)
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
 
 
 def _name(key: Any) -> str | None:
