@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.vllm
-
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("NOT TESTED: there is no vLLM here; see `make test-vllm`", allow_module_level=True)
-
 from engine import ENVIRONMENT, SETTINGS, Reference
 from prefixtune_vllm import Export
 from tiny import LENGTHS
+
+pytestmark = pytest.mark.vllm
 
 NEW = 12
 ID = 260
