@@ -92,7 +92,7 @@ def spoiled(export: Export, **changes: Any) -> tuple[dict[str, Any], dict[str, A
         ({"prompt_token_ids": [5] * 40}, {}),
         ({"prompt_token_ids": [ID] * LENGTHS["c"] + [5, ID]}, {}),
         ({"cache_salt": "c"}, {}),
-        ({"record": {"name": "nope"}}, {}),
+        ({"record": {"name": "nope", "digest": "1" * 64}, "cache_salt": "1" * 64}, {}),
         ({"record": {"digest": "0" * 64}, "cache_salt": "0" * 64}, {}),
         ({"record": {"length": "x"}}, {}),
     ],
