@@ -107,7 +107,7 @@ def test_request_that_cannot_be_exact_fails_alone_and_the_next_one_is_exact(
     assert ask(llm, [good]) == [(reference.greedy("c", [5, 6, 7], count=NEW), "length")]
 
 
-def test_engine_that_computes_placeholders_gives_no_answers(made: Path, llm: Any) -> None:
+def test_engine_that_computes_placeholders_gives_no_answers(made: Path) -> None:
     export = Export.read(made / "served")
     sabotaged = engine(made, connector="Sabotaged", module="sabotage")
     try:
