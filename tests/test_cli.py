@@ -36,6 +36,7 @@ COMMANDS = (
         "compare",
         "report",
         "inspect",
+        "export",
         "data",
     ),
 )

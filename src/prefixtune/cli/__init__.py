@@ -10,6 +10,7 @@ from prefixtune.cli.compare import compare, report
 from prefixtune.cli.data import data
 from prefixtune.cli.estimate import estimate
 from prefixtune.cli.evaluate import evaluate
+from prefixtune.cli.export import export
 from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
 from prefixtune.cli.inspect import inspect
@@ -31,5 +32,17 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (quickstart, estimate, train, evaluate, generate, chat, compare, report, inspect, data):
+for _command in (
+    quickstart,
+    estimate,
+    train,
+    evaluate,
+    generate,
+    chat,
+    compare,
+    report,
+    inspect,
+    export,
+    data,
+):
     main.add_command(_command)

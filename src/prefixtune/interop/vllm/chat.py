@@ -1,0 +1,103 @@
+"""One chat template for all prefixes of a server: placeholders first, then the text as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefixtune.config import DataConfig
+from prefixtune.data import build_prompts
+from prefixtune.errors import ConfigError, PrefixTuneError
+from prefixtune.generate import prompt_row
+from prefixtune.interop.vllm.reserved import Placeholder
+
+__all__ = ["chat_arguments", "server_template"]
+
+PROBE = "prefixtune:probe"  # stands for the text whose place in a prompt is looked for
+TEXTS = ("Where is my parcel?", "  a\nb ", "什么是三原色？", "1 < 2 & 3")
+ONE_TEXT = "this prefix was trained on single texts: send one message, of the user"
+LENGTH = 3  # of the prefix with which rendering is checked
+
+
+def server_template(original: str | None, placeholder: Placeholder) -> str:
+    """The Jinja template for the server.
+
+    Args:
+        original: the tokenizer's own, by which chats without a prefix go on as before.
+
+    Its arguments come from the middleware: prefixtune_length, and prefixtune_form with what `chat_arguments`
+    gives.
+    """
+    fallback = "{{ raise_exception('the tokenizer has no chat template') }}"
+    body = fallback if original is None else original.removesuffix("\n")  # Jinja drops a last line break
+    text = placeholder.text.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        "{% if prefixtune_length is defined %}{{ '" + text + "' * prefixtune_length }}{% endif %}"
+        "{% if prefixtune_form is defined and prefixtune_form == 'text' %}"
+        "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
+        "{{ raise_exception('" + ONE_TEXT + "') }}{% endif %}"
+        "{% set prefixtune_asked = prefixtune_before ~ messages[0]['content'] %}"
+        "{{ prefixtune_start ~ (prefixtune_asked | trim if prefixtune_trim else prefixtune_asked)"
+        " ~ prefixtune_after }}"
+        "{% else %}\n" + body + "{% endif %}"
+    )
+
+
+def chat_arguments(
+    template: str | None, tokenizer: Any, *, server: str, placeholder: Placeholder
+) -> dict[str, Any] | None:
+    """How a chat is written for a prefix that was trained with `template`; None where it cannot be exactly.
+
+    What `server` renders is compared with the toolkit's own prompts, token by token.
+    """
+    if template in (None, "chat"):
+        found: Mapping[str, Any] | None = {"form": "chat"} if tokenizer.chat_template else None
+        form = "chat"
+    else:
+        found, form = _around(template, tokenizer), template
+    if found is None or not _is_exact(found, form, tokenizer, server=server, placeholder=placeholder):
+        return None
+    return dict(found)
+
+
+def _around(template: str, tokenizer: Any) -> dict[str, Any] | None:
+    """What stands before and after the one text of a prompt."""
+    try:
+        prompt = build_prompts([prompt_row(PROBE, template)], tokenizer, DataConfig(template=template))[0]
+    except ConfigError:  # several fields
+        return None
+    if prompt.text.count(PROBE) != 1:
+        return None
+    before, after = prompt.text.split(PROBE)
+    bare = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+    starts = list(prompt.input_ids) != bare
+    return {
+        "form": "text",
+        "start": tokenizer.bos_token or "" if starts else "",
+        "before": before,
+        "after": after,
+        "trim": template == "human",  # as the template does before the answer's label
+    }
+
+
+def _is_exact(
+    arguments: Mapping[str, Any], form: str, tokenizer: Any, *, server: str, placeholder: Placeholder
+) -> bool:
+    ours = {f"prefixtune_{name}": value for name, value in arguments.items()}
+    for text in TEXTS:
+        try:
+            prompt = build_prompts([prompt_row(text, form)], tokenizer, DataConfig(template=form))[0]
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                chat_template=server,
+                add_generation_prompt=True,
+                tokenize=False,
+                prefixtune_length=LENGTH,
+                **ours,
+            )
+        except PrefixTuneError:
+            return False
+        found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if found != [placeholder.id] * LENGTH + list(prompt.input_ids):
+            return False
+    return True

@@ -1,0 +1,74 @@
+"""The token that stands for a prefix's positions in a prompt: nothing else may ever become it.
+
+The engine never computes it, so which embedding it has does not matter; that it has one keeps every engine's
+checks of token ids content.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.errors import ConfigError, ModelError
+
+__all__ = ["Placeholder", "reserve"]
+
+OWN = "<|prefixtune|>"
+SPARE = re.compile(r"reserved|unused", re.IGNORECASE)  # what models call tokens that they have for later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placeholder:
+    """A reserved token: its id, and the text that becomes it."""
+
+    id: int
+    text: str
+
+
+def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placeholder:
+    """Make a token of `tokenizer` the reserved one; the tokenizer is changed.
+
+    Unless `chosen`, it is a new one where the model has an embedding to spare beyond the tokenizer's tokens,
+    else one that the model calls reserved or unused.
+
+    Args:
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        ConfigError: `chosen` is no token that could be reserved.
+        ModelError: there is none to spare.
+    """
+    known: dict[str, int] = tokenizer.get_vocab()
+    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    if chosen is not None:
+        if chosen not in known or chosen in taken:
+            raise ConfigError(
+                f"reserved token {chosen!r}: expected a token of the tokenizer that no text needs",
+                hint=f"for example {' or '.join(_special(tokenizer, taken)[-3:])}",
+            )
+        text = chosen
+    elif OWN in known or max(known.values()) + 1 < vocabulary:
+        text = OWN
+    else:
+        spare = sorted((id_, text) for text, id_ in known.items() if SPARE.search(text) and text not in taken)
+        if not spare:
+            raise ModelError(
+                f"all {vocabulary} tokens of the model are taken, and none is called reserved or unused",
+                hint=f"choose one that no text needs: --reserved-token '{_special(tokenizer, taken)[-1]}'",
+            )
+        text = spare[0][1]
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
+    placeholder = Placeholder(id=tokenizer.convert_tokens_to_ids(text), text=text)
+    ids = tokenizer(text * 3 + "a" + text, add_special_tokens=False)["input_ids"]
+    if placeholder.id >= vocabulary or ids[:3] != [placeholder.id] * 3 or ids.count(placeholder.id) != 4:
+        raise ConfigError(
+            f"reserved token {text!r}: the tokenizer does not read it as one token of the model"
+        )
+    return placeholder
+
+
+def _special(tokenizer: Any, taken: set[str | None]) -> list[str]:
+    """Special tokens by id; the last ones of a vocabulary tend to be the rarest in texts."""
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    return [token.content for _, token in added if token.special and token.content not in taken] or ["…"]
