@@ -8,6 +8,7 @@ from prefixtune import __version__
 from prefixtune.cli.chat import chat
 from prefixtune.cli.compare import compare, report
 from prefixtune.cli.data import data
+from prefixtune.cli.distill import distill
 from prefixtune.cli.estimate import estimate
 from prefixtune.cli.evaluate import evaluate
 from prefixtune.cli.generate import generate
@@ -31,5 +32,7 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (quickstart, estimate, train, evaluate, generate, chat, compare, report, inspect, data):
+for _command in (
+    *(quickstart, estimate, train, distill, evaluate, generate, chat, compare, report, inspect, data),
+):
     main.add_command(_command)

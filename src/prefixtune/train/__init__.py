@@ -7,7 +7,15 @@ Knows data and models by name only.
 
 from prefixtune.train.build import trainer_for
 from prefixtune.train.defaults import default_learning_rate, planned_steps
-from prefixtune.train.session import TrainResult, train
+from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
 
-__all__ = ["PrefixTrainer", "TrainResult", "default_learning_rate", "planned_steps", "train", "trainer_for"]
+__all__ = [
+    "PrefixTrainer",
+    "TrainResult",
+    "default_learning_rate",
+    "planned_steps",
+    "train",
+    "train_examples",
+    "trainer_for",
+]
