@@ -18,6 +18,7 @@ from prefixtune.attachment import attach, head_of
 from prefixtune.chunked import chunked_divergence
 from prefixtune.data import Example
 from prefixtune.distill.context import Context
+from prefixtune.distill.teacher import Answered
 from prefixtune.errors import DataError
 from prefixtune.generate import ending, generate_ids, sampling
 from prefixtune.geometry import quiet_eval
@@ -99,39 +100,38 @@ def compare(
     base: LoadedBase,
     passes: Passes,
     examples: Sequence[Example],
-    context: Context,
+    answered: Sequence[Answered],
     *,
+    context: Context,
     text_kv: PrefixKV,
     prefix: PrefixKV,
-    prompts: Sequence[Sequence[int]],
 ) -> list[Contestant]:
     """The teacher, the prefix, its start, and no text, on the same held-out rows.
 
     Args:
         examples: with the teacher's aims.
-        text_kv: of the whole context, in the model's precision.
-        prefix: the trained one.
-        prompts: the rows' questions; the one of middle length is timed.
+        answered: what they were made of; the question of middle length is timed.
+        text_kv: of the whole context, in the model's precision; `prefix` likewise.
     """
     length = prefix.length
     start = PrefixKV.from_tokens(base.model, torch.tensor([context.ids[:length]]))
-    served = prefix.to(base.model.dtype)
     near = {
-        "prefix": closeness(passes, examples, served),
+        "prefix": closeness(passes, examples, prefix),
         f"first {length} tokens": closeness(passes, examples, start),
         "no text": closeness(passes, examples, None),
     }
-    asked = sorted(prompts, key=len)[len(prompts) // 2]
+    middle = sorted(answered, key=lambda one: len(one.student_ids))[len(answered) // 2]
+    alone = list(middle.student_ids)
     speeds = measure_speed(
         base.model,
         base.tokenizer,
         {
-            "text in the context": ([*context.ids, *asked], None),
-            "prefix": (list(asked), served),
-            "no text": (list(asked), None),
+            "text in the context": ([*context.ids, *middle.teacher_ids], None),
+            "prefix": (alone, prefix),
+            "no text": (alone, None),
         },
     )
-    kept = {"prefix": served, f"first {length} tokens": start}
+    kept = {"prefix": prefix, f"first {length} tokens": start}
     found = [_contestant("text in the context", Closeness(divergence=0.0, agreement=1.0), text_kv, speeds)]
     return [*found, *(_contestant(name, one, kept.get(name), speeds) for name, one in near.items())]
 
@@ -200,7 +200,7 @@ def greedy_answers(
 ) -> list[str]:
     """The model's own greedy answers with this prefix, or none: to be read beside the teacher's."""
     tokenizer: Any = base.tokenizer
-    with attach(base.model, kv.to(base.model.dtype)) if kv is not None else nullcontext():
+    with attach(base.model, kv) if kv is not None else nullcontext():
         rows = generate_ids(
             base.model,
             tokenizer,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Row, build_prompts, load_rows, parse_fields
+from prefixtune.data import build_prompts, load_rows, parse_fields
 from prefixtune.data.files import read_text
 from prefixtune.data.row import required_text
 from prefixtune.errors import DataError
@@ -24,28 +24,26 @@ from prefixtune.progress import note
 __all__ = ["Question", "read_questions", "split", "write_questions"]
 
 PIECE = 192  # tokens of the text that a written question is about
-TOP_P, TOKENS = 0.95, 48  # of a written question
+TEMPERATURE, TOP_P, TOKENS = 0.8, 0.95, 48  # of a written question
 ROUNDS = 4  # of writing, where questions come out empty or twice
 FEWEST = 3  # one to train on, one to watch the training, one to compare
 
-ASKS = (  # of a chat model, after a piece of the text
-    "Write one short question that this text answers. Write the question only.",
-    "Write one question about a detail of this text: a number, a name, a condition or a step. Write the "
-    "question only.",
-    "Write one question that somebody who needs this text would ask. Write the question only.",
-    "Write one short instruction that can be carried out with this text alone, such as to list, to explain "
-    "or to summarise a part of it. Write the instruction only.",
+OPENINGS = (  # the first words of a question: without them a small model writes anything but questions
+    *(
+        "What",
+        "How",
+        "Which",
+        "How many",
+        "Why",
+        "When",
+        "Is",
+        "Where",
+        "Can I",
+        "How long",
+        "What happens if",
+    ),
+    *("Who", "Does", "List", "Explain", "Summarise"),
 )
-OPENINGS = (
-    "What",
-    "How",
-    "Which",
-    "Why",
-    "When",
-    "Is",
-    "Where",
-    "How many",
-)  # of any other model's questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +84,18 @@ def write_questions(
 ) -> list[Question]:
     """Different questions about pieces of the text, sampled from the model.
 
-    A chat model is asked for them in its template; any other model goes on after a piece and the beginning of
-    a question.
+    A chat model is asked for one in its template, any other model goes on with a list of questions after the
+    piece. Both find the first word of the question written already, another one each time.
 
     Args:
-        chat: the tokenizer's chat template is used.
+        chat: use the tokenizer's chat template.
 
     Raises:
         DataError: the model writes hardly any.
     """
     pieces = _pieces(text, tokenizer)
     found: dict[str, Question] = {}
-    settings = sampling(temperature=1.0, top_p=TOP_P)
+    settings = sampling(temperature=TEMPERATURE, top_p=TOP_P)
     asked = 0
     with seeded(seed):
         for _ in range(ROUNDS):
@@ -165,14 +163,15 @@ def _pieces(text: str, tokenizer: Any) -> list[str]:
 def _prompt(pieces: Sequence[str], number: int, tokenizer: Any, *, chat: bool) -> tuple[list[int], str]:
     """Ids that the `number`-th question is to follow, and the words that it begins with."""
     turn, place = divmod(number, len(pieces))
-    config = DataConfig(template="chat" if chat else "{input}{output}")
+    opening = OPENINGS[turn % len(OPENINGS)]
     if chat:
-        asked, opening = f"{pieces[place]}\n\n{ASKS[turn % len(ASKS)]}", ""
+        asked, begun = f"{pieces[place]}\n\nWrite one question that this text answers.", opening
     else:
-        opening = OPENINGS[turn % len(OPENINGS)]
-        asked = f"{pieces[place]}\n\nQuestions about this text:\n\n1. {opening}"
-    row: Row = prompt_row(asked, config.template, origin="piece of the text")
-    return list(build_prompts([row], tokenizer, config)[0].input_ids), opening
+        asked, begun = f"{pieces[place]}\n\nQuestions about this text:\n\n1. {opening}", ""
+    template = "chat" if chat else "{input}{output}"
+    rows = [prompt_row(asked, template, origin="piece of the text")]
+    ids = build_prompts(rows, tokenizer, DataConfig(template=template))[0].input_ids
+    return [*ids, *tokenizer(begun, add_special_tokens=False)["input_ids"]], opening
 
 
 def _first_question(written: str) -> str | None:

@@ -20,7 +20,6 @@ from prefixtune.distill.teacher import (
     Answered,
     answer,
     as_text,
-    prompts_of,
     read_answered,
     with_aims,
 )
@@ -114,6 +113,7 @@ def distill(
         KeyboardInterrupt: stopped by Ctrl-C; after a checkpoint was written, once the training has begun.
     """
     settings, config = distill_config or DistillConfig(), config or TrainConfig()
+    options = dict(prefix_options or {})
     asked = {
         "distilled": True,
         "model": model,
@@ -122,11 +122,11 @@ def distill(
         "questions": questions,
         "template": template,
         "fields": fields,
-        "prefix": dict(prefix_options or {}),
+        "prefix": options,
         "distill_config": settings.to_dict(),
         "train_config": config.to_dict(),
     }
-    PrefixConfig(**dict(prefix_options or {}))  # wrong values before any work, and wrong files
+    PrefixConfig(**options)  # wrong values before any work, and wrong files
     given = read_questions(questions, fields=fields) if questions is not None and not resume else None
     if not text.strip() and not (instruction or "").strip():
         raise DataError(
@@ -145,44 +145,65 @@ def distill(
     note(
         f"the text has {len(context.ids):,} tokens; a prefix of {length} is to stand for it (template {form})"
     )
-    check_positions_left(base, context, needed=settings.max_new_tokens + 1)
-    kv = context.kv(base.model)
-    if began:
-        answered = read_answered(output)
-    else:
-        parts = _questions(base, context, given, form, settings, seed=config.seed)
-        answered = answer(
-            base.model, base.tokenizer, kv, parts, template=form, config=settings, seed=config.seed
-        )
-    passes = _passes(base, answered, config)
-    rows = {part: [one.example() for one in answered if one.part == part] for part in PARTS}
-    rows = {part: with_aims(passes, examples, kv) for part, examples in rows.items()}
-    aims_bytes = sum(e.aims.nbytes for examples in rows.values() for e in examples)
-    note(f"the teacher's hidden states take {readable(aims_bytes)}, and the text's KV {readable(kv.nbytes)}")
+    material = _gather(base, context, settings, config, given=given, kept=output if began else None)
     if record:  # it was killed while it compared
         trained = TrainResult(output=str(output), **record)
     else:
+        start = {"length": length, "init": "tokens", "init_tokens": context.ids[:length]}
         trained = train_examples(
             base,
-            (rows["train"], rows["watch"]),
+            (material.rows["train"], material.rows["watch"]),
             source=str(output / QUESTIONS),
             asked=asked,
             began=began,
             output=output,
-            prefix_options={
-                **(prefix_options or {}),
-                "length": length,
-                "init": "tokens",
-                "init_tokens": context.ids[:length],
-            },
+            prefix_options=options | start,
             template=form,
             config=config,
             force=force,
-            files=None if began else {QUESTIONS: as_text(answered)},
+            files=None if began else {QUESTIONS: as_text(material.answered)},
         )
-    return _compared(
-        base, passes, rows["heldout"], context, kv, answered, trained, settings, form, aims_bytes
-    )
+    return _compared(base, material, trained, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Material:
+    """What the training and the comparison are made of; `rows` by part, with the teacher's aims."""
+
+    context: Context
+    kv: PrefixKV
+    answered: list[Answered]
+    passes: Passes
+    rows: dict[str, list[Example]]
+
+    @property
+    def aims_bytes(self) -> int:
+        return sum(example.aims.nbytes for examples in self.rows.values() for example in examples)
+
+
+def _gather(
+    base: LoadedBase,
+    context: Context,
+    settings: DistillConfig,
+    config: TrainConfig,
+    *,
+    given: list[Question] | None,
+    kept: Path | None,
+) -> _Material:
+    """Questions, the teacher's answers and its hidden states; `kept` is the folder that has the former."""
+    check_positions_left(base, context, needed=settings.max_new_tokens + 1)
+    kv = context.kv(base.model)
+    if kept is not None:
+        answered = read_answered(kept)
+    else:
+        parts = _questions(base, context, given, settings, seed=config.seed)
+        answered = answer(base.model, base.tokenizer, context, kv, parts, config=settings, seed=config.seed)
+    passes = _passes(base, answered, config)
+    rows = {part: with_aims(passes, [one for one in answered if one.part == part], kv) for part in PARTS}
+    found = _Material(context=context, kv=kv, answered=answered, passes=passes, rows=rows)
+    aims, text = readable(found.aims_bytes), readable(kv.nbytes)
+    note(f"the teacher's hidden states take {aims} of memory, and the text's KV {text}")
+    return found
 
 
 def _load(model: str, config: TrainConfig, began: Mapping[str, Any] | None) -> LoadedBase:
@@ -197,7 +218,6 @@ def _questions(
     base: LoadedBase,
     context: Context,
     given: list[Question] | None,
-    template: str,
     settings: DistillConfig,
     *,
     seed: int,
@@ -208,14 +228,14 @@ def _questions(
         base.tokenizer,
         context.text,
         count=settings.write_questions,
-        chat=template == "chat",
+        chat=context.template == "chat",
         batch_size=settings.batch_size,
         seed=seed,
     )
     parts = split(asked, heldout=settings.heldout, seed=seed)
     note(", ".join(f"{len(parts[part])} questions to {_PURPOSE[part]}" for part in PARTS))
-    prompts = prompts_of([question for part in PARTS for question in parts[part]], base.tokenizer, template)
-    longest = max(map(len, prompts))
+    texts = [question.text for part in PARTS for question in parts[part]]
+    longest = max(map(len, context.prompts(texts, base.tokenizer)))
     check_positions_left(base, context, needed=longest + settings.max_new_tokens)
     return parts
 
@@ -225,7 +245,7 @@ _PURPOSE = {"train": "train on", "watch": "watch the training", "heldout": "comp
 
 def _passes(base: LoadedBase, answered: list[Answered], config: TrainConfig) -> Passes:
     """How the teacher and the contestants run the rows; as the training does."""
-    longest = max(len(one.prompt_ids) + len(one.answer_ids) for one in answered)
+    longest = max(len(one.answer_ids) + max(len(one.teacher_ids), len(one.student_ids)) for one in answered)
     return Passes.of(
         base.model,
         capacity=max(longest, config.packing_length or PASS_TOKENS),
@@ -243,37 +263,31 @@ def _known(output: Path) -> Distillation | None:
 
 
 def _compared(
-    base: LoadedBase,
-    passes: Passes,
-    heldout: list[Example],
-    context: Context,
-    kv: PrefixKV,
-    answered: list[Answered],
-    trained: TrainResult,
-    settings: DistillConfig,
-    template: str,
-    aims_bytes: int,
+    base: LoadedBase, material: _Material, trained: TrainResult, settings: DistillConfig
 ) -> Distillation:
     """The saved prefix, as it is served, in comparison; written to comparison.json."""
     output = Path(trained.output)
-    prefix = PrefixModel.from_pretrained(base.model, output).prefix.bake()
-    asked = [one for one in answered if one.part == "heldout"]
-    prompts = [one.prompt_ids for one in asked]
-    contestants = compare(base, passes, heldout, context, text_kv=kv, prefix=prefix, prompts=prompts)
+    prefix = PrefixModel.from_pretrained(base.model, output).prefix.bake().to(base.model.dtype)
+    asked = [one for one in material.answered if one.part == "heldout"]
+    heldout, context = material.rows["heldout"], material.context
+    contestants = compare(
+        base, material.passes, heldout, asked, context=context, text_kv=material.kv, prefix=prefix
+    )
+    prompts = [one.student_ids for one in asked]
     answers = [
         greedy_answers(
-            base, prompts, one, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+            base, prompts, kv, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
-        for one in (prefix, None)
+        for kv in (prefix, None)
     ]
     found = Distillation(
         output=str(output),
         text_tokens=len(context.ids),
         length=prefix.length,
-        template=template,
-        questions={part: sum(one.part == part for one in answered) for part in PARTS},
+        template=context.template,
+        questions={part: len(material.rows[part]) for part in PARTS},
         heldout_tokens=sum(example.target_tokens for example in heldout),
-        aims_bytes=aims_bytes,
+        aims_bytes=material.aims_bytes,
         contestants=tuple(contestants),
         training={k: v for k, v in trained.to_dict().items() if k != "output"},
         samples=[

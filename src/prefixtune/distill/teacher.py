@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from prefixtune.attachment import attach
-from prefixtune.config import DataConfig, DistillConfig
-from prefixtune.data import Example, build_prompts
+from prefixtune.config import DistillConfig
+from prefixtune.data import Example
+from prefixtune.distill.context import Context, prompts_of
 from prefixtune.distill.questions import Question
 from prefixtune.errors import RunError
-from prefixtune.generate import generate_ids, prompt_row, sampling, seeded
+from prefixtune.generate import generate_ids, sampling, seeded
 from prefixtune.geometry import quiet_eval
 from prefixtune.loss import Passes, RowTokens
 from prefixtune.prefix import PrefixKV
 from prefixtune.progress import progress_bar
 from prefixtune.train.folder import QUESTIONS
 
-__all__ = ["PARTS", "Answered", "answer", "as_text", "prompts_of", "read_answered", "with_aims"]
+__all__ = ["PARTS", "Answered", "answer", "as_text", "read_answered", "with_aims"]
 
 PARTS = ("train", "watch", "heldout")
 IGNORED = -100
@@ -39,37 +40,32 @@ class Answered:
 
     Attributes:
         part: one of PARTS.
-        prompt_ids: the question in its template, without the text.
+        teacher_ids: the question as the teacher read it, after the text's own ids.
+        student_ids: the question as it is served, without the text.
         answer_ids: what the teacher said, its end token at the end where it ended.
     """
 
     part: str
     question: str
     answer: str
-    prompt_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+    student_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
 
-    def example(self) -> Example:
-        """The student's row: the answer's tokens are its targets."""
-        ids = (*self.prompt_ids, *self.answer_ids)
-        labels = (*[IGNORED] * len(self.prompt_ids), *self.answer_ids)
-        return Example(input_ids=ids, labels=labels, origin=f"question {self.question!r:.60}", truncated=0)
-
-
-def prompts_of(questions: Sequence[Question], tokenizer: Any, template: str) -> list[tuple[int, ...]]:
-    """Each question in the template, as token ids up to its answer."""
-    rows = [prompt_row(question.text, template, origin=question.origin) for question in questions]
-    found = build_prompts(rows, tokenizer, DataConfig(template=template))
-    return [prompt.input_ids for prompt in found]
+    def example(self, prompt: Sequence[int]) -> Example:
+        """The answer after a prompt, its tokens the targets."""
+        labels = (*[IGNORED] * len(prompt), *self.answer_ids)
+        origin = f"question {self.question!r:.60}"
+        return Example(input_ids=(*prompt, *self.answer_ids), labels=labels, origin=origin, truncated=0)
 
 
 def answer(
     base: Any,
     tokenizer: Any,
+    context: Context,
     kv: PrefixKV,
     parts: Mapping[str, Sequence[Question]],
     *,
-    template: str,
     config: DistillConfig,
     seed: int,
 ) -> list[Answered]:
@@ -78,8 +74,9 @@ def answer(
     Args:
         kv: of the text, from `Context.kv`.
     """
-    asked = [(part, question) for part in parts for question in parts[part]]
-    prompts = prompts_of([question for _, question in asked], tokenizer, template)
+    asked = [(part, question.text) for part in parts for question in parts[part]]
+    questions = [question for _, question in asked]
+    prompts = context.prompts(questions, tokenizer)
     with seeded(seed), attach(base, kv):
         answers = generate_ids(
             base,
@@ -90,37 +87,39 @@ def answer(
             settings=sampling(temperature=config.temperature, top_p=1.0),
             progress="the teacher answers",
         )
+    served = prompts_of(questions, tokenizer, context.template)
     found = []
-    for (part, question), prompt, ids in zip(asked, prompts, answers, strict=True):
+    for (part, question), theirs, ours, ids in zip(asked, prompts, served, answers, strict=True):
         # a shorter answer has ended; which of several end tokens it was no loss asks
         ended = [tokenizer.eos_token_id] if len(ids) < config.max_new_tokens else []
-        text = tokenizer.decode(ids, skip_special_tokens=True)
         found.append(
             Answered(
                 part=part,
-                question=question.text,
-                answer=text,
-                prompt_ids=tuple(prompt),
+                question=question,
+                answer=tokenizer.decode(ids, skip_special_tokens=True),
+                teacher_ids=tuple(theirs),
+                student_ids=tuple(ours),
                 answer_ids=(*ids, *ended),
             )
         )
     return found
 
 
-def with_aims(passes: Passes, examples: Sequence[Example], kv: PrefixKV) -> list[Example]:
-    """The rows with the teacher's hidden states where it predicts their targets, [targets, d], on the host.
+def with_aims(passes: Passes, answered: Sequence[Answered], kv: PrefixKV) -> list[Example]:
+    """The student's rows, with what the teacher has where it predicts the answer, [targets, d], on the host.
 
-    Of a model without a head of its own they are its logits.
+    Hidden states, so that the teacher's whole distribution is known; of a model without a head of its own its
+    logits.
     """
     pairs = [(layer.key, layer.value) for layer in kv.layers]
-    rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in examples]
     found: list[Example] = []
-    with quiet_eval(passes.base), progress_bar("the teacher's hidden states", total=len(rows)) as advance:
-        for first in range(0, len(rows), ROWS):
-            some = rows[first : first + ROWS]
-            aims = passes.aims(some, pairs)
-            here = examples[first : first + ROWS]
-            found += [replace(e, aims=aim.cpu()) for e, aim in zip(here, aims, strict=True)]
+    with quiet_eval(passes.base), progress_bar("the teacher's hidden states", total=len(answered)) as advance:
+        for first in range(0, len(answered), ROWS):
+            some = answered[first : first + ROWS]
+            theirs = [one.example(one.teacher_ids) for one in some]
+            rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in theirs]
+            for one, aim in zip(some, passes.aims(rows, pairs), strict=True):
+                found.append(replace(one.example(one.student_ids), aims=aim.cpu()))
             advance(len(some))
     return found
 
@@ -142,7 +141,7 @@ def read_answered(output: Path) -> list[Answered]:
     path = output / QUESTIONS
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        ids = ("prompt_ids", "answer_ids")
+        ids = ("teacher_ids", "student_ids", "answer_ids")
         found = [
             Answered(**{**line, **{name: tuple(map(int, line[name])) for name in ids}}) for line in lines
         ]
