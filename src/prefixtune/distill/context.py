@@ -59,9 +59,7 @@ class Context:
             ids = _system_turn(whole, tokenizer)
             if ids:
                 return cls(ids=ids, text=whole, template=template, is_turn=True)
-            note(
-                "the chat template has no system turn by itself: the text stands before it as it is"
-            )
+            note("the chat template has no system turn by itself: the text stands before it as it is")
         ids = _ids(tokenizer, f"{whole}\n\n", special=True)
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             ids = ids[:-1]
