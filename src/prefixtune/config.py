@@ -16,7 +16,15 @@ from typing import Any, Self, get_args, get_type_hints
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["SCHEMES", "DataConfig", "PrefixConfig", "TrainConfig", "chosen_layers", "option"]
+__all__ = [
+    "SCHEMES",
+    "DataConfig",
+    "DistillConfig",
+    "PrefixConfig",
+    "TrainConfig",
+    "chosen_layers",
+    "option",
+]
 
 SCHEMES = ("int8", "nf4")  # in which a frozen base's linear weights can be held
 
@@ -290,3 +298,35 @@ class TrainConfig(_Config):
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio: expected a share from 0 to 1; got {self.warmup_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(_Config):
+    """How long a prefix stands for a text, what is asked about the text, and how the teacher answers."""
+
+    length: str = option(
+        "auto", "number of virtual tokens P, or auto: an eighth of the text's tokens, from 16 to 512"
+    )
+    write_questions: int = option(
+        256, "how many questions the model writes about the text, where none are given"
+    )
+    heldout: int = option(
+        32,
+        "questions that are not trained on, a quarter of all at most: half of them watch the training, half "
+        "are for the comparison",
+    )
+    max_new_tokens: int = option(64, "longest answer of the teacher, and of the comparison")
+    temperature: float = option(0.0, "of the teacher's answers: 0 is greedy, more is more random")
+    batch_size: int = option(16, "rows at a time while questions and answers are written")
+
+    def check(self) -> None:
+        _positive(self, "heldout", "max_new_tokens", "batch_size")
+        if self.write_questions < 3:
+            raise ConfigError(
+                f"write_questions: expected 3 or more (to train on, to watch the training, to compare); got "
+                f"{self.write_questions}"
+            )
+        if self.temperature < 0:
+            raise ConfigError(f"temperature: expected 0 or more; got {self.temperature}")
+        if self.length != "auto" and not re.fullmatch(r"[1-9]\d{0,6}", self.length, re.ASCII):
+            raise ConfigError(f"length: expected auto, or a number of 1 or more; got {self.length!r}")

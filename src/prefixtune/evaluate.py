@@ -82,6 +82,7 @@ def target_loss(
 ) -> tuple[float, int]:
     """Mean negative log likelihood per target token in nats, and the number of target tokens.
 
+    Of examples with aims the mean divergence from their teacher.
     Each target token counts the same, whatever row or pass it is in; its logits are float32.
 
     Args:
@@ -102,7 +103,7 @@ def target_loss(
         losses = row_losses(model, examples, pad_token_id=pad_token_id, capacity=capacity, progress=progress)
         return sum(losses) / count, count
     base = model.base_model if has_prefix(model) else model
-    rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in examples]
+    rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels), e.aims) for e in examples]
     total = 0.0
     with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(rows)) as advance:
         pairs = model.prefix() if has_prefix(model) else None

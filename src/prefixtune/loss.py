@@ -44,20 +44,21 @@ class RowTokens:
     aims: Tensor | None = None
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Tensor]) -> list[RowTokens]:
-        """The rows of a padded batch [B, T] without their padding.
+    def of_batch(cls, batch: Mapping[str, Any]) -> list[RowTokens]:
+        """The rows of a padded batch [B, T] without their padding, with the batch's aims where it has some.
 
         Raises:
             DataError: a row's attention mask has a hole.
         """
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        aims = batch.get("aims") or [None] * len(mask)
         rows = []
-        for ids, labels, kept in zip(batch["input_ids"], batch["labels"], mask, strict=True):
+        for ids, labels, kept, aim in zip(batch["input_ids"], batch["labels"], mask, aims, strict=True):
             places = kept.nonzero().flatten()
             if len(places) == 0 or int(places[-1] - places[0]) + 1 != len(places):
                 raise DataError("attention_mask: a row of a training batch is empty, or has a hole")
             span = slice(int(places[0]), int(places[-1]) + 1)
-            rows.append(cls(ids[span], labels[span]))
+            rows.append(cls(ids[span], labels[span], aim))
         return rows
 
 
@@ -144,7 +145,8 @@ class Passes:
         with self._states(rows, pairs) as (states, labels, head):
             if aims:
                 chosen = (labels != IGNORED).nonzero().flatten().to(states.device)
-                yield chunked_divergence(states.index_select(0, chosen), torch.cat(aims), head)
+                aimed = torch.cat(aims).to(states.device)
+                yield chunked_divergence(states.index_select(0, chosen), aimed, head)
             elif self.split:
                 yield chunked_cross_entropy(states, labels, head)
             else:

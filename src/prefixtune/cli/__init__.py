@@ -8,6 +8,7 @@ from prefixtune import __version__
 from prefixtune.cli.chat import chat
 from prefixtune.cli.compare import compare, report
 from prefixtune.cli.data import data
+from prefixtune.cli.distill import distill
 from prefixtune.cli.estimate import estimate
 from prefixtune.cli.evaluate import evaluate
 from prefixtune.cli.export import export
@@ -36,6 +37,7 @@ for _command in (
     quickstart,
     estimate,
     train,
+    distill,
     evaluate,
     generate,
     chat,

@@ -18,12 +18,17 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from prefixtune.config import SCHEMES, DataConfig, PrefixConfig, TrainConfig
+from prefixtune.config import SCHEMES, DataConfig, DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.errors import ConfigError
 
 __all__ = ["Knob", "config_options", "json_option", "model_options"]
 
-SECTIONS: dict[str, type[Any]] = {"prefix": PrefixConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS: dict[str, type[Any]] = {
+    "prefix": PrefixConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "distill": DistillConfig,
+}
 SOURCE = "source"  # in a TOML file, [data] source = "…" is what --data says
 
 Command = Callable[..., Any]
@@ -70,7 +75,7 @@ def config_options(
     The command gets what the user gave, and nothing else, as `{section}_options: dict[str, Any]`.
 
     Args:
-        sections: of "prefix", "data" and "train".
+        sections: of "prefix", "data", "train" and "distill".
         only: these fields; all of them unless given.
         defaults: what the help says instead of a field's default, by field name.
         files: add --config and --set; a command may have a file of its own.
@@ -104,7 +109,7 @@ def config_options(
     return decorate
 
 
-_CONFIG_HELP = "TOML file with values for these options, in the sections [prefix], [data] and [train]"
+_CONFIG_HELP = "TOML file with values for these options, in sections such as [prefix], [data] and [train]"
 _SET_HELP = "one option by its name, e.g. learning_rate=0.01 or train.learning_rate=0.01; repeatable"
 
 

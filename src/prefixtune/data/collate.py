@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefixtune.data.examples import Example
 from prefixtune.data.templates import NO_TARGET
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Collator"]
 
@@ -30,8 +27,8 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels, each a LongTensor [B, T]."""
+    def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
+        """input_ids, attention_mask and labels, each a LongTensor [B, T]; and the list of the rows' aims."""
         import torch
 
         rows = [_plain(example) for example in examples]
@@ -41,11 +38,17 @@ class Collator:
             filled = [row[column] + [value] * (length - len(row[column])) for row in rows]
             return torch.tensor(filled, dtype=torch.long)  # [B, T]
 
-        return {
+        batch: dict[str, Any] = {
             "input_ids": padded(0, self.pad_token_id),
             "attention_mask": padded(1, 0),
             "labels": padded(2, NO_TARGET),
         }
+        aims = [example.aims for example in examples if isinstance(example, Example)]
+        if any(aim is not None for aim in aims):
+            assert len(aims) == len(rows)
+            assert all(aim is not None for aim in aims)
+            batch["aims"] = aims
+        return batch
 
 
 def _plain(example: Example | Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:

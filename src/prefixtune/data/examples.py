@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.config import DataConfig
@@ -25,12 +25,15 @@ class Example:
         labels: T ids; -100 where the token is no target. Not shifted: labels[t] is input_ids[t] or -100.
         origin: where the row stands.
         truncated: how many tokens were cut off at the end.
+        aims: a teacher's hidden states at the places that predict the targets, a tensor [targets, d] from
+            `prefixtune.loss.Passes.aims`: its distribution is then aimed at, and not the target.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     origin: str
     truncated: int
+    aims: Any = field(default=None, compare=False, repr=False)
 
     @property
     def target_tokens(self) -> int:

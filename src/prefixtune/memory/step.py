@@ -37,6 +37,7 @@ class Setup:
         device: where it runs.
         quantize: the scheme that the base's linear weights are held in.
         eval_lengths: the same of an evaluation's largest pass; empty without one.
+        aims: the rows aim at a teacher's distribution, whose logits are made beside the model's.
     """
 
     prefix: PrefixConfig
@@ -51,6 +52,7 @@ class Setup:
     device: str = "cpu"
     quantize: str | None = None
     eval_lengths: tuple[int, ...] = ()
+    aims: bool = False
 
     @property
     def tokens(self) -> int:
@@ -84,7 +86,7 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
     made = [tensor for pair in model.prefix() for tensor in pair]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
     pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
-    rows = rows_of(setup.lengths, setup)
+    rows = rows_of(setup.lengths, setup, width=model.geometry.hidden_size)
     for _ in range(min(setup.passes, 2)):
         with _passes(model, setup).loss(rows, pairs) as loss:
             (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
@@ -94,7 +96,8 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
 
 def evaluation_step(model: PrefixModel, setup: Setup) -> None:
     """A pass of `prefixtune.evaluate.target_loss`."""
-    with _passes(model, setup).loss(rows_of(setup.eval_lengths, setup), model.prefix()):
+    rows = rows_of(setup.eval_lengths, setup, width=model.geometry.hidden_size)
+    with _passes(model, setup).loss(rows, model.prefix()):
         pass
 
 
@@ -183,12 +186,14 @@ def _optimizer_with_state(model: PrefixModel) -> torch.optim.Optimizer:
     return optimizer
 
 
-def rows_of(lengths: Sequence[int], setup: Setup) -> list[RowTokens]:
-    """Rows of these lengths, the end of each its target."""
+def rows_of(lengths: Sequence[int], setup: Setup, *, width: int = 0) -> list[RowTokens]:
+    """Rows of these lengths, the end of each its target; `width` is the hidden size, for aims."""
     rows = []
     for length in lengths:
         ids = torch.ones(length, dtype=torch.long)
         labels = ids.clone()
         labels[: round(length * (1 - setup.target_share))] = -100
-        rows.append(RowTokens(ids, labels))
+        targets = int((labels[1:] != -100).sum())
+        aims = torch.zeros(targets, width, dtype=setup.dtype) if setup.aims else None
+        rows.append(RowTokens(ids, labels, aims))
     return rows

@@ -7,7 +7,7 @@ Knows data and models by name only.
 
 from prefixtune.train.build import trainer_for
 from prefixtune.train.defaults import AUTO, default_learning_rate, default_length, planned_steps
-from prefixtune.train.session import TrainResult, train
+from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "default_length",
     "planned_steps",
     "train",
+    "train_examples",
     "trainer_for",
 ]

@@ -17,7 +17,9 @@ from prefixtune.progress import note
 from prefixtune.storage import CARD, INFO, TENSORS, TRAINABLE, read_info
 
 __all__ = [
+    "COMPARISON",
     "METRICS",
+    "QUESTIONS",
     "RETENTION",
     "RUN",
     "check_resumed",
@@ -29,10 +31,13 @@ __all__ = [
 ]
 
 RUN, METRICS, RETENTION = "run.json", "metrics.jsonl", "retention.json"
+QUESTIONS, COMPARISON = "questions.jsonl", "comparison.json"  # of a distillation
 OURS = (
     RUN,
     METRICS,
     RETENTION,
+    QUESTIONS,
+    COMPARISON,
     INFO,
     TENSORS,
     TRAINABLE,
@@ -114,15 +119,22 @@ def check_resumed(output: Path, began: Mapping[str, Any], *, data: str, rows: st
         )
 
 
-def record_run(output: Path, record: dict[str, Any], *, resume: bool) -> None:
-    """Write run.json; a run that is replaced goes only now, when all that can be checked was checked."""
+def record_run(
+    output: Path, record: dict[str, Any], *, resume: bool, files: Mapping[str, str] | None = None
+) -> None:
+    """Write `files` (text by name), then run.json, so that a run that began has them.
+
+    A run that is replaced goes only now, when all that can be checked was checked.
+    """
     if not resume and output.is_dir():
         for path in (path for pattern in OURS for path in output.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    draft = output / f".{RUN}.draft"
-    draft.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(output / RUN)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    for name, content in {**(files or {}), RUN: text}.items():
+        draft = output / f".{name}.draft"
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(output / name)
 
 
 def finished(output: Path, steps: int) -> dict[str, Any] | None:

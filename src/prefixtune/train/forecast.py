@@ -62,6 +62,7 @@ def setup_of(
         dtype=dtype,
         device=device,
         eval_lengths=_largest_pass(eval_lengths, capacity, len(eval_lengths), packing=packing),
+        aims=examples[0].aims is not None,
     )
 
 

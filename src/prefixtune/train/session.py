@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import DataReport, Example, build_examples, load_rows, parse_fields
+from prefixtune.data import Example, build_examples, load_rows, parse_fields
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids
@@ -26,7 +26,7 @@ from prefixtune.train.folder import check_resumed, finished, last_checkpoint, op
 from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
 from prefixtune.train.trainer import PrefixTrainer, run
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "train", "train_examples"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,33 +115,69 @@ def train(
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
     check_weights(model, config, force=force)
-    examples, eval_examples, base, report = _load(model, data, eval_data, data_config, config, began)
+    examples, eval_examples, base = _load(model, data, eval_data, data_config, config, began)
+    return train_examples(
+        base,
+        (examples, eval_examples),
+        source=data,
+        asked=asked,
+        began=began,
+        output=output,
+        prefix_options=prefix_options or {},
+        template=data_config.template,
+        config=config,
+        force=force,
+    )
+
+
+def train_examples(
+    base: LoadedBase,
+    rows: tuple[list[Example], list[Example] | None],
+    *,
+    source: str,
+    asked: dict[str, Any],
+    began: dict[str, Any] | None,
+    output: Path,
+    prefix_options: Mapping[str, Any],
+    template: str,
+    config: TrainConfig,
+    force: bool = False,
+    files: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """`train` from its (training, evaluation) rows and its model on.
+
+    Args:
+        source: what the rows are called where they are not those that the run was begun with.
+        asked: all options, for run.json.
+        began: the record of the run that is resumed, from `open_run`; None begins one.
+        files: texts by name that the run folder keeps.
+    """
+    examples, eval_examples = rows
+    resume = began is not None
     set_seed(config.seed)
-    prefix_config = prefix_config_of(began, prefix_options or {}, base, examples)
+    prefix_config = prefix_config_of(began, prefix_options, base, examples)
     everything = [*examples, *(eval_examples or [])]
     check_ids(base.model, (example.input_ids for example in everything))
     check_lengths(base, prefix_config, everything)
     if began:
         resolved = began["resolved"]
-        check_resumed(output, began, data=data, rows=digest(examples))
+        check_resumed(output, began, data=source, rows=digest(examples))
     else:
         resolved = resolve(config, prefix_config, base, examples)
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
-    prefix_model.record |= {"template": data_config.template, "training": None}
-    rows = (examples, eval_examples)
+    prefix_model.record |= {"template": template, "training": None}
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
-    kind, place = base.model.dtype, str(base.model.device)
     setup = setup_of(
         config,
         prefix_config,
         examples,
         eval_examples or (),
         packing=trainer.passes.packing,
-        dtype=kind,
-        device=place,
+        dtype=base.model.dtype,
+        device=str(base.model.device),
     )
     estimate = forecast(prefix_model, setup, force=force)
-    record_run(output, _record(asked, prefix_config, base, resolved), resume=resume)
+    record_run(output, _record(asked, prefix_config, base, resolved), resume=resume, files=files)
     add_retention(trainer, config, output, base.tokenizer)
     base_loss = None
     if eval_examples:
@@ -154,12 +190,13 @@ def train(
             packing=passes.packing,
             progress="bare model",
         )
-        note(f"bare model: evaluation loss {base_loss:.4f}")
+        kind = "evaluation loss" if eval_examples[0].aims is None else "divergence from the teacher"
+        note(f"bare model: {kind} {base_loss:.4f}")
     steps, rate = resolved["steps"], resolved["learning_rate"]
     note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
     with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
         seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
-    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, report, base, estimate)
+    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
 
 
 def _load(
@@ -169,7 +206,7 @@ def _load(
     data_config: DataConfig,
     config: TrainConfig,
     began: dict[str, Any] | None,
-) -> tuple[list[Example], list[Example] | None, LoadedBase, DataReport]:
+) -> tuple[list[Example], list[Example] | None, LoadedBase]:
     """Rows before the model: a wrong data file is told at once."""
     fields = parse_fields(data_config.fields)
     rows = load_rows(data, fields=fields, split=data_config.split, limit=data_config.limit)
@@ -190,7 +227,7 @@ def _load(
         note(f"evaluation rows: {eval_report.summary()}")
     if not examples:
         raise DataError(f"{data}: no row with target tokens is left to train on")
-    return examples, eval_examples, base, report
+    return examples, eval_examples, base
 
 
 def _record(
@@ -216,7 +253,6 @@ def _finish(
     base_loss: float | None,
     seconds: float,
     learning_rate: float,
-    report: DataReport,
     base: LoadedBase,
     estimate: Estimate,
 ) -> TrainResult:
@@ -238,8 +274,8 @@ def _finish(
     result = TrainResult(
         output=str(output),
         steps=trainer.state.global_step,
-        train_rows=report.examples,
-        target_tokens=report.target_tokens,
+        train_rows=len(trainer.train_dataset),
+        target_tokens=sum(example.target_tokens for example in trainer.train_dataset),
         train_loss=losses[-1] if losses else None,
         base_loss=base_loss,
         eval_loss=eval_loss,

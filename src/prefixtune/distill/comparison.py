@@ -1,0 +1,213 @@
+"""The prefix beside the text in the context and beside no text: quality, memory, speed. Knows no files.
+
+Axes: S places that predict an answer's tokens, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune.attachment import attach, head_of
+from prefixtune.chunked import chunked_divergence
+from prefixtune.data import Example
+from prefixtune.distill.context import Context
+from prefixtune.distill.teacher import Answered
+from prefixtune.errors import DataError
+from prefixtune.generate import ending, generate_ids, sampling
+from prefixtune.geometry import quiet_eval
+from prefixtune.load import LoadedBase
+from prefixtune.loss import Passes, RowTokens
+from prefixtune.prefix import PrefixKV
+from prefixtune.progress import progress_bar
+
+__all__ = ["Closeness", "Contestant", "Speed", "closeness", "compare", "greedy_answers", "measure_speed"]
+
+TIMED_TOKENS, RUNS = 32, 3  # of an answer; the fastest of the runs counts: other load only ever adds time
+PLACES = 256  # whose logits are made at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How near a model is to the teacher where the teacher's answers are predicted.
+
+    `divergence` is KL(teacher || model) in nats per token; `agreement` is the share of the places where both
+    find the same token likeliest.
+    """
+
+    divergence: float
+    agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds until the first token of an answer, and tokens per second after it."""
+
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to answer, in comparison with the teacher.
+
+    Attributes:
+        name: "text in the context" (the teacher), "prefix", "first P tokens" (its start), or "no text".
+        cache_tokens: positions that stand before a question.
+        cache_bytes: their keys and values in the model's precision, for each conversation.
+        first_token_seconds, tokens_per_second: of one question at a time; the text in the context is read
+            anew for it, as an engine does that keeps no cache between requests. None where not measured.
+    """
+
+    name: str
+    divergence: float
+    agreement: float
+    cache_tokens: int
+    cache_bytes: int
+    first_token_seconds: float | None = None
+    tokens_per_second: float | None = None
+
+
+@torch.no_grad()
+def closeness(passes: Passes, examples: Sequence[Example], kv: PrefixKV | None) -> Closeness:
+    """The model of the passes with this prefix (or none), on rows with a teacher's aims.
+
+    Raises:
+        DataError: a row has none.
+    """
+    if not examples or any(example.aims is None for example in examples):
+        raise DataError(f"expected rows with aims from a teacher; got {len(examples)} rows, some without")
+    rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels)) for e in examples]
+    pairs = None if kv is None else [(layer.key, layer.value) for layer in kv.layers]
+    with quiet_eval(passes.base):
+        hidden = torch.cat(passes.aims(rows, pairs))  # [S, d]
+        aims = torch.cat([example.aims for example in examples]).to(hidden.device)
+        head: Callable[[Tensor], Tensor] = head_of(passes.base) if passes.split else lambda chosen: chosen * 1
+        nats, same = 0.0, 0
+        for ours, theirs in zip(torch.split(hidden, PLACES), torch.split(aims, PLACES), strict=True):
+            nats += float(chunked_divergence(ours, theirs, head))
+            same += int((head(ours).argmax(dim=1) == head(theirs).argmax(dim=1)).sum())
+    return Closeness(divergence=nats / len(hidden), agreement=same / len(hidden))
+
+
+def compare(
+    base: LoadedBase,
+    passes: Passes,
+    examples: Sequence[Example],
+    answered: Sequence[Answered],
+    *,
+    context: Context,
+    text_kv: PrefixKV,
+    prefix: PrefixKV,
+) -> list[Contestant]:
+    """The teacher, the prefix, its start, and no text, on the same held-out rows.
+
+    Args:
+        examples: with the teacher's aims.
+        answered: what they were made of; the question of middle length is timed.
+        text_kv: of the whole context, in the model's precision; `prefix` likewise.
+    """
+    length = prefix.length
+    start = PrefixKV.from_tokens(base.model, torch.tensor([context.ids[:length]]))
+    near = {
+        "prefix": closeness(passes, examples, prefix),
+        f"first {length} tokens": closeness(passes, examples, start),
+        "no text": closeness(passes, examples, None),
+    }
+    middle = sorted(answered, key=lambda one: len(one.student_ids))[len(answered) // 2]
+    alone = list(middle.student_ids)
+    speeds = measure_speed(
+        base.model,
+        base.tokenizer,
+        {
+            "text in the context": ([*context.ids, *middle.teacher_ids], None),
+            "prefix": (alone, prefix),
+            "no text": (alone, None),
+        },
+    )
+    kept = {"prefix": prefix, f"first {length} tokens": start}
+    found = [_contestant("text in the context", Closeness(divergence=0.0, agreement=1.0), text_kv, speeds)]
+    return [*found, *(_contestant(name, one, kept.get(name), speeds) for name, one in near.items())]
+
+
+def _contestant(name: str, near: Closeness, kv: PrefixKV | None, speeds: dict[str, Speed]) -> Contestant:
+    speed = speeds.get(name)
+    return Contestant(
+        name=name,
+        divergence=near.divergence,
+        agreement=near.agreement,
+        cache_tokens=kv.length if kv is not None else 0,
+        cache_bytes=kv.nbytes if kv is not None else 0,
+        first_token_seconds=speed.first_token_seconds if speed else None,
+        tokens_per_second=speed.tokens_per_second if speed else None,
+    )
+
+
+def measure_speed(
+    base: Any, tokenizer: Any, asked: dict[str, tuple[list[int], PrefixKV | None]]
+) -> dict[str, Speed]:
+    """How fast the model answers, greedily and one row at a time, for each (ids, prefix) by its name.
+
+    They take turns after a run that is not counted; the fastest of three runs counts.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
+    with (
+        quiet_eval(base),
+        progress_bar("measuring the speed", total=(RUNS + 1) * len(asked)) as advance,
+    ):
+        for run in range(RUNS + 1):
+            for name, (ids, kv) in asked.items():
+                first = _seconds(base, tokenizer, ids, kv, tokens=1)
+                whole = _seconds(base, tokenizer, ids, kv, tokens=TIMED_TOKENS)
+                if run:  # the first run sets up threads and kernels
+                    seconds[name].append((first, whole))
+                advance(1)
+    found = {}
+    for name, taken in seconds.items():
+        first, whole = (min(times) for times in zip(*taken, strict=True))
+        rate = (TIMED_TOKENS - 1) / max(whole - first, 1e-9)
+        found[name] = Speed(first_token_seconds=first, tokens_per_second=rate)
+    return found
+
+
+@torch.no_grad()
+def _seconds(base: Any, tokenizer: Any, ids: Sequence[int], kv: PrefixKV | None, *, tokens: int) -> float:
+    device = next(base.parameters()).device
+    batch = torch.tensor([list(ids)], device=device)
+    exact = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    settings = {**sampling(temperature=0.0, top_p=1.0), **ending(base, tokenizer), **exact}
+    with attach(base, kv) if kv is not None else nullcontext():
+        start = time.perf_counter()
+        base.generate(input_ids=batch, attention_mask=torch.ones_like(batch), **settings)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+
+def greedy_answers(
+    base: LoadedBase,
+    prompts: Sequence[Sequence[int]],
+    kv: PrefixKV | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The model's own greedy answers with this prefix, or none: to be read beside the teacher's."""
+    tokenizer: Any = base.tokenizer
+    with attach(base.model, kv) if kv is not None else nullcontext():
+        rows = generate_ids(
+            base.model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            settings=sampling(temperature=0.0, top_p=1.0),
+            progress="answers with the prefix" if kv is not None else "answers without the text",
+        )
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
