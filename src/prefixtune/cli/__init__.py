@@ -14,6 +14,7 @@ from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
 from prefixtune.cli.inspect import inspect
 from prefixtune.cli.quickstart import quickstart
+from prefixtune.cli.serve import serve
 from prefixtune.cli.train import train
 
 __all__ = ["main"]
@@ -31,5 +32,17 @@ def main() -> None:
 
 main.params.append(debug_option())
 
-for _command in (quickstart, estimate, train, evaluate, generate, chat, compare, report, inspect, data):
+for _command in (
+    quickstart,
+    estimate,
+    train,
+    evaluate,
+    generate,
+    chat,
+    serve,
+    compare,
+    report,
+    inspect,
+    data,
+):
     main.add_command(_command)

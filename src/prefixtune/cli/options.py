@@ -20,10 +20,16 @@ import click
 
 from prefixtune.config import SCHEMES, DataConfig, PrefixConfig, TrainConfig
 from prefixtune.errors import ConfigError
+from prefixtune.serve.config import ServeConfig
 
 __all__ = ["Knob", "config_options", "json_option", "model_options"]
 
-SECTIONS: dict[str, type[Any]] = {"prefix": PrefixConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS: dict[str, type[Any]] = {
+    "prefix": PrefixConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "serve": ServeConfig,
+}
 SOURCE = "source"  # in a TOML file, [data] source = "…" is what --data says
 
 Command = Callable[..., Any]
@@ -61,7 +67,7 @@ def config_options(
     The command gets what the user gave, and nothing else, as `{section}_options: dict[str, Any]`.
 
     Args:
-        sections: of "prefix", "data" and "train".
+        sections: of "prefix", "data", "train" and "serve".
         only: these fields; all of them unless given.
         defaults: what the help says instead of a field's default, by field name.
         files: add --config and --set; a command may have a file of its own.
@@ -95,7 +101,7 @@ def config_options(
     return decorate
 
 
-_CONFIG_HELP = "TOML file with values for these options, in the sections [prefix], [data] and [train]"
+_CONFIG_HELP = "TOML file with values for these options, in the sections that the command has, e.g. [data]"
 _SET_HELP = "one option by its name, e.g. learning_rate=0.01 or train.learning_rate=0.01; repeatable"
 
 
