@@ -42,7 +42,8 @@ def batch_error(base: Any, *, together: bool) -> float:
     device, vocabulary = next(base.parameters()).device, text_config(base).vocab_size
 
     def ids(count: int, salt: int) -> Tensor:
-        return ((torch.arange(count, device=device) * 131 + 7 * salt + 3) % vocabulary)[None]
+        row: Tensor = (torch.arange(count, device=device) * 131 + 7 * salt + 3) % vocabulary
+        return row[None]
 
     with quiet_eval(base):
         prefixes = [PrefixKV.from_tokens(base, ids(n, row)) if n else None for row, n in enumerate(PREFIXES)]
@@ -61,8 +62,8 @@ def batch_error(base: Any, *, together: bool) -> float:
 def _alone(base: Any, prefix: PrefixKV | None, text: Tensor) -> Tensor:
     """[PASSES + 1, V]: what the model gives after the prompt and after each token that follows it."""
     with attach(base, [prefix]):
-        logits: Tensor = base(input_ids=text, use_cache=False).logits[0].float()
-    return logits[-(PASSES + 1) :]
+        logits: Tensor = base(input_ids=text, use_cache=False).logits[0, -(PASSES + 1) :].float()
+    return logits
 
 
 def _batched(
