@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from families import tiny_model
@@ -75,9 +81,14 @@ def client_of(
     tokenizer: Any = TOKENIZER,
     raises: bool = True,
     keys: dict[str, Any] | None = None,
+    endless: bool = False,
     **config: Any,
 ) -> Iterator[Any]:
-    """A client of a server in this process; `client.service` and `client.lines()` show what is inside."""
+    """A client of a server in this process; `client.service` and `client.lines()` show what is inside.
+
+    Args:
+        endless: no token ends an answer.
+    """
     stream = io.StringIO()
     service = Service(
         base,
@@ -88,6 +99,7 @@ def client_of(
         prefix_dir=prefix_dir,
         log=Log(stream),
     )
+    service._ends = frozenset() if endless else service._ends
     app = build_app(service, **(keys or {}))
     with TestClient(app, raise_server_exceptions=raises) as client:
         client.service = service
@@ -105,3 +117,45 @@ def events(response: Any) -> list[Any]:
 
 def copy_prefix(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+@contextmanager
+def live(base: Any, **options: Any) -> Iterator[Any]:
+    """A server that listens on loopback: its address as `server.url`, its service as `server.service`."""
+    keys, tokenizer = options.pop("keys", {}), options.pop("tokenizer", TOKENIZER)
+    endless = options.pop("endless", False)
+    places = {name: options.pop(name) for name in ("prefix_dir", "prefixes") if name in options}
+    stream = io.StringIO()
+    service = Service(
+        base,
+        tokenizer,
+        name=NAME,
+        config=ServeConfig(**{"watch": 0.0, **options}),
+        log=Log(stream),
+        **places,
+    )
+    service._ends = frozenset() if endless else service._ends
+    server = uvicorn.Server(uvicorn.Config(build_app(service, **keys), port=0, log_config=None, ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        yield SimpleNamespace(
+            url=url,
+            service=service,
+            lines=lambda: [json.loads(line) for line in stream.getvalue().splitlines()],
+        )
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def eventually(check: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end
+        time.sleep(0.01)

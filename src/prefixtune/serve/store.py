@@ -276,7 +276,10 @@ class Store:
 
     def _checked_info(self, folder: Path) -> dict[str, Any]:
         """prefix.json, if it tells of a prefix for this base. Reads no tensors."""
-        info = read_info(folder)
+        try:
+            info = read_info(folder)
+        except OSError as error:
+            raise StorageError(f"{str(folder)[:200]}: {error.strerror or error}") from None
         try:
             geometry = Geometry.from_dict(info["geometry"])
             fingerprint = Fingerprint.from_dict(info["fingerprint"])
