@@ -1,4 +1,4 @@
-"""A catalogue of what clients get wrong: each is told in OpenAI's shape, with a 4xx, and the server goes on."""
+"""A catalogue of what clients get wrong: each is told in OpenAI's shape, and the server goes on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serving import NAME, client_of, served_base, write_prefix
 
@@ -56,7 +58,7 @@ REQUESTS: dict[str, tuple[tuple[str, Any], int, str | None]] = {
     "prefix is a path": (chat(model=f"{NAME}:../human"), 404, "model"),
     "prefix is an encoded path": (chat(model=f"{NAME}:%2e%2e%2fhuman"), 404, "model"),
     "prefix with a zero byte": (chat(model=f"{NAME}:human\0"), 404, "model"),
-    "prefix of half a character": (chat(model=f"{NAME}:\ud800"), 404, "model"),
+    "prefix of half a character": (chat(model=f"{NAME}:\ud800"), 400, "model"),
     "prefix twice": (chat(model=f"{NAME}:{NAME}:human"), 404, "model"),
     "model is long": (chat(model="m" * 5000), 400, "model"),
     "messages are empty": (chat(messages=[]), 400, "messages"),
@@ -293,7 +295,10 @@ def test_admin_loads_reloads_lists_and_unloads(client: Any, tmp_path: Path) -> N
     check(client, client.post(TEXT, json=complete), 404)
 
 
-def test_schemathesis_finds_no_request_that_is_answered_otherwise_than_it_says(client: Any) -> None:
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
+def test_schemathesis_finds_no_request_that_is_answered_otherwise_than_the_schema_says(
+    client: Any, mode: schemathesis.GenerationMode
+) -> None:
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) >= 8
@@ -305,19 +310,24 @@ def test_schemathesis_finds_no_request_that_is_answered_otherwise_than_it_says(c
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    for operation in operations:
+
+    def asked(operation: Any) -> Any:
         key = {"authorization": "Bearer a"} if operation.path.startswith("/admin") else {}
 
-        def run(case: Any, headers: dict[str, str] = key) -> None:
-            sent = case.as_transport_kwargs(base_url="http://testserver", headers=headers)
-            response = client.request(**sent)
+        def ask(case: Any) -> None:
+            sent = case.as_transport_kwargs(base_url="http://testserver", headers=key)
+            response = client.request(**{name: value for name, value in sent.items() if name != "verify"})
             assert response.status_code < 500, (sent, response.text)
             if response.status_code >= 400:
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-            case.validate_response(
-                schemathesis.core.transport.Response.from_any(response)
-                if hasattr(schemathesis.core.transport.Response, "from_any")
-                else response
-            )
+            # what fits the schema may still not fit together: messages and template, prompt and room
+            case.validate_response(response, excluded_checks=[positive_data_acceptance])
 
-        quick(given(case=operation.as_strategy())(run))()
+        return ask
+
+    for operation in operations:
+        try:
+            strategy = operation.as_strategy(generation_mode=mode)
+            quick(given(case=strategy)(asked(operation)))()
+        except Unsatisfiable:  # a route without parameters has nothing wrong to be sent
+            assert mode is schemathesis.GenerationMode.NEGATIVE
