@@ -126,6 +126,7 @@ async def _respond(
             code="shutdown" if error.closing else "overloaded",
             headers={"retry-after": str(error.retry_after)},
         ) from None
+    service.metrics.prompt_tokens.inc(shape.prompt_tokens)
     note["running"] = running
     return _Stream(running, shape) if body.stream else _Whole(running, shape)
 

@@ -18,6 +18,7 @@ __all__ = ["Guard"]
 
 OPEN = "/healthz"  # answers without a key
 ADMIN = "/admin"
+HEAD_BYTES = 65_536  # names and values of all headers, and the path with its query
 BODY_SECONDS = 30.0  # in which a body must have come
 
 
@@ -43,6 +44,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
+            self._check_head(scope)
             self._check_key(scope)
             receive = await self._checked_body(scope, receive)
         except ApiError as error:
@@ -50,6 +52,12 @@ class Guard:
             return
         if receive is not None:
             await self._app(scope, receive, send)
+
+    @staticmethod
+    def _check_head(scope: Scope) -> None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size + len(scope["path"]) + len(scope["query_string"]) > HEAD_BYTES:
+            raise ApiError(431, f"the headers are larger than {HEAD_BYTES:,} bytes", code="headers_too_large")
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -76,6 +84,11 @@ class Guard:
     async def _checked_body(self, scope: Scope, receive: Receive) -> Any:
         """A `receive` that gives the body, which has come whole; None where the client has gone."""
         told = [value for name, value in scope["headers"] if name == b"content-length"]
+        if told and any(name == b"transfer-encoding" for name, _ in scope["headers"]):
+            # two lengths: what stands before the server may have believed the other one
+            raise ApiError(
+                400, "content-length and transfer-encoding exclude each other", code="invalid_header"
+            )
         if any(not value.isdigit() for value in told) or len(set(told)) > 1:
             raise ApiError(400, "content-length is no number", code="invalid_header")
         if told and int(told[0][:20]) > self._limit:

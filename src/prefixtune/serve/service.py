@@ -207,7 +207,6 @@ class Service:
             tells_tokens=bool(request.return_token_ids),
             tells_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        self.metrics.prompt_tokens.inc(shape.prompt_tokens)
         return asked, shape, served
 
     def _room(
