@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 BENCH_DATA ?= demo:train
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: quickstart test test-vllm check bench bench-gpu clean
+.PHONY: quickstart test test-vllm check bench bench-serve bench-gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a minute or two, the most of it for torch"
@@ -40,6 +40,9 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attach.py
 	$(BIN)/python bench/training.py --data $(BENCH_DATA)
+
+bench-serve: $(VENV)/.installed
+	$(BIN)/python bench/serve.py
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python bench/gpu.py

@@ -33,6 +33,7 @@ COMMANDS = (
         "evaluate",
         "generate",
         "chat",
+        "serve",
         "compare",
         "report",
         "inspect",

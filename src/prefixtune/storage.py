@@ -149,8 +149,11 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
-def load_prefix(folder: str | Path) -> StoredPrefix:
+def load_prefix(folder: str | Path, *, is_trainable: bool = True) -> StoredPrefix:
     """Read a prefix folder; schema, checksums and shapes are checked before anything is believed.
+
+    Args:
+        is_trainable: read the projection's weights too, where the folder has them.
 
     Raises:
         StorageError: the folder is incomplete, damaged or of another schema.
@@ -164,7 +167,11 @@ def load_prefix(folder: str | Path) -> StoredPrefix:
         fingerprint = Fingerprint.from_dict(info["fingerprint"])
         digests = dict(info["sha256"])
         tensors = _read_tensors(folder / TENSORS, digests[TENSORS])
-        trainable = _read_tensors(folder / TRAINABLE, digests[TRAINABLE]) if TRAINABLE in digests else None
+        trainable = (
+            _read_tensors(folder / TRAINABLE, digests[TRAINABLE])
+            if is_trainable and TRAINABLE in digests
+            else None
+        )
         kv = PrefixKV(
             tuple(
                 LayerKV(tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"])

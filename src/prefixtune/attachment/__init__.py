@@ -12,21 +12,27 @@ bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T 
 
 Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
 cache, mask and positions that the decoder sees). For training there are also `head` (the model in two
-halves), and `packed` with `documents` (several documents in one row without padding).
+halves), and `packed` with `documents` (several documents in one row without padding); for serving there is
+`rows` (a batch whose rows join and leave).
 """
 
 from prefixtune.attachment.head import head_of, last_hidden, splits
 from prefixtune.attachment.packed import compile_layers, packed, packs
+from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
 from prefixtune.attachment.session import attach, attach_pairs, supported
 
 __all__ = [
+    "Rows",
     "attach",
     "attach_pairs",
     "compile_layers",
+    "empty_rows",
     "head_of",
     "last_hidden",
+    "most_positions",
     "packed",
     "packs",
+    "row_runner",
     "splits",
     "supported",
 ]

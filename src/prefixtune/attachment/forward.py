@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from prefixtune.attachment.view import View, inner_mask, inner_positions
 from prefixtune.errors import AttachError, UnsupportedModelError
-from prefixtune.geometry import text_config
+from prefixtune.geometry import Geometry, text_config
 
 if TYPE_CHECKING:
     from prefixtune.attachment.session import Session
 
-__all__ = ["forward_with_prefix"]
+__all__ = ["forward_with_prefix", "position_limit"]
 
 MARK = "_prefixtune_rows"  # on a text cache: which prefix each of its rows was computed behind
 
@@ -156,12 +156,7 @@ def _check_positions(
     session: Session, longest: int, total: int, lengths: Tensor, pads: Tensor | None
 ) -> None:
     geometry, config = session.geometry, text_config(session.base)
-    limit = None if geometry.positions_extrapolate else geometry.max_positions
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
-    for kind in kinds:
-        if kind.get("rope_type") in ("longrope", "dynamic"):  # the rotation of cached keys would change
-            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit = position_limit(config, geometry)
     _check_scaled_by_column(config, longest, total, longest - lengths + (pads if pads is not None else 0))
     if limit is None or longest + total <= limit:
         return
@@ -171,6 +166,17 @@ def _check_positions(
             f"prefix and text take {needed} positions; with {config.model_type} it is exact up to {limit}",
             hint="shorten the text, or the prefix",
         )
+
+
+def position_limit(config: Any, geometry: Geometry) -> int | None:
+    """The position from which on a prefix is not exact: none is left, or cached keys would be turned anew."""
+    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for kind in kinds:
+        if kind.get("rope_type") in ("longrope", "dynamic"):  # the rotation of cached keys would change
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    return limit
 
 
 def _check_scaled_by_column(config: Any, longest: int, total: int, shift: Tensor) -> None:

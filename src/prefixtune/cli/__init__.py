@@ -16,6 +16,7 @@ from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
 from prefixtune.cli.inspect import inspect
 from prefixtune.cli.quickstart import quickstart
+from prefixtune.cli.serve import serve
 from prefixtune.cli.train import train
 
 __all__ = ["main"]
@@ -41,6 +42,7 @@ for _command in (
     evaluate,
     generate,
     chat,
+    serve,
     compare,
     report,
     inspect,

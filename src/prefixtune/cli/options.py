@@ -20,6 +20,7 @@ import click
 
 from prefixtune.config import SCHEMES, DataConfig, DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.errors import ConfigError
+from prefixtune.serve.config import ServeConfig
 
 __all__ = ["Knob", "config_options", "json_option", "model_options"]
 
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,
     "train": TrainConfig,
     "distill": DistillConfig,
+    "serve": ServeConfig,
 }
 SOURCE = "source"  # in a TOML file, [data] source = "…" is what --data says
 
@@ -76,6 +78,7 @@ def config_options(
 
     Args:
         sections: of "prefix", "data", "train" and "distill".
+        sections: of "prefix", "data", "train" and "serve".
         only: these fields; all of them unless given.
         defaults: what the help says instead of a field's default, by field name.
         files: add --config and --set; a command may have a file of its own.
@@ -110,6 +113,7 @@ def config_options(
 
 
 _CONFIG_HELP = "TOML file with values for these options, in sections such as [prefix], [data] and [train]"
+_CONFIG_HELP = "TOML file with values for these options, in the sections that the command has, e.g. [data]"
 _SET_HELP = "one option by its name, e.g. learning_rate=0.01 or train.learning_rate=0.01; repeatable"
 
 

@@ -1,0 +1,339 @@
+"""Laws of the engine: an answer is what it would be alone, and what ends a row ends it alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune import PrefixKV
+from prefixtune.serve.engine import Engine, Job, OverloadedError, Step
+from prefixtune.serve.sampling import Chooser, Sampling
+from prefixtune.serve.selftest import batch_error, check_batches
+from serving import alone, random_ids, served_base
+
+GREEDY = Sampling(temperature=0.0)
+LENGTHS = (1, 3, 5, 8, 13, 21, 34, 40)
+
+
+class Heard:
+    """Collects what a job is told."""
+
+    def __init__(self, answers: int = 1, on_step: Callable[[Step], bool] = lambda step: False) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(answers)]
+        self.ended: list[str] = []
+        self.choices: list[Any] = []
+        self.done = threading.Event()
+        self._answers, self._on_step = answers, on_step
+
+    def __call__(self, step: Step) -> bool:
+        if step.choice is not None:
+            self.tokens[step.answer].append(step.choice.token)
+            self.choices.append(step.choice)
+        if step.ended or step.failure:
+            self.ended.append(step.ended or step.failure or "")
+        stop = self._on_step(step)
+        if stop or step.failure or len(self.ended) == self._answers:
+            self.done.set()
+        return stop
+
+
+def job_of(heard: Heard, ids: Sequence[int], prefix: PrefixKV | None = None, **options: Any) -> Job:
+    settings: dict[str, Any] = {"samplings": [GREEDY], "max_tokens": 8, "ends": frozenset()}
+    deadline = time.monotonic() + options.pop("seconds", 60)
+    return Job(ids=ids, prefix=prefix, listener=heard, deadline=deadline, **settings | options)
+
+
+def prefix_of(base: Any, length: int, seed: int) -> PrefixKV:
+    return PrefixKV.from_tokens(base, torch.tensor([random_ids(length, seed)]))
+
+
+@pytest.fixture
+def base() -> Any:
+    return served_base()
+
+
+@pytest.fixture
+def engine(base: Any) -> Any:
+    made = Engine(base, rows=24, chunk=16)
+    made.start()
+    yield made
+    made.close(0)
+    made.join(10)
+    assert not made.is_alive
+
+
+def run(engine: Engine, *jobs: Job) -> None:
+    engine.submit(*jobs)
+    for job in jobs:
+        assert job.listener.done.wait(60)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3", "opt", "mpt"])
+def test_64_jobs_at_once_are_each_the_same_as_alone(family: str) -> None:
+    base = served_base(family)
+    prefixes = [*(prefix_of(base, LENGTHS[i % 8], seed=i) for i in range(16)), None]
+    asked = [(prefixes[i % 17], random_ids(1 + (7 * i) % 45, seed=100 + i)) for i in range(64)]
+    made = Engine(base, rows=24, chunk=16)
+    made.start()
+    heard = [Heard() for _ in asked]
+    jobs = [
+        job_of(h, ids, kv, max_tokens=4 + i % 9)
+        for i, (h, (kv, ids)) in enumerate(zip(heard, asked, strict=True))
+    ]
+    run(made, *jobs)
+    made.close(0)
+    for job, found, (kv, ids) in zip(jobs, heard, asked, strict=True):
+        assert found.tokens[0] == alone(base, kv, ids, job.max_tokens)
+        assert found.ended == ["length"]
+
+
+def test_check_finds_a_prefix_that_is_a_position_off(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefixtune.attachment import Rows
+    from prefixtune.errors import UnsupportedModelError
+
+    assert check_batches(base)
+    right = Rows.positions
+    monkeypatch.setattr(
+        Rows, "positions", lambda rows: right(rows) + (torch.tensor(rows.lengths)[:, None] > 9)
+    )
+    assert batch_error(base, together=True) > 0.01
+    with pytest.raises(UnsupportedModelError, match="engine's logits differ"):
+        check_batches(base)
+
+
+def test_check_falls_back_to_one_row_where_only_that_is_exact(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.attachment import Rows
+
+    right = Rows.mask
+    monkeypatch.setattr(
+        Rows, "mask", lambda rows: right(rows) if len(rows.lengths) == 1 else right(rows) * 0 + 1
+    )
+    assert not check_batches(base)
+
+
+def test_seeded_answer_is_the_same_whatever_else_is_in_the_batch(base: Any, engine: Engine) -> None:
+    kv, ids = prefix_of(base, 5, 1), random_ids(9, 2)
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=11)
+    lonely = Heard()
+    run(engine, job_of(lonely, ids, kv, samplings=[sampling], max_tokens=20))
+    crowd = [Heard() for _ in range(12)]
+    among = Heard()
+    others = [
+        job_of(h, random_ids(3 + i, i), samplings=[Sampling(temperature=1.5, seed=i)], max_tokens=15)
+        for i, h in enumerate(crowd)
+    ]
+    run(engine, *others[:6], job_of(among, ids, kv, samplings=[sampling], max_tokens=20), *others[6:])
+    assert among.tokens == lonely.tokens
+    other = Heard()
+    run(engine, job_of(other, ids, kv, samplings=[Sampling(seed=12)], max_tokens=20))
+    assert other.tokens != lonely.tokens
+
+
+def test_several_answers_to_one_prompt_are_those_of_their_own_seeds(base: Any, engine: Engine) -> None:
+    kv, ids = prefix_of(base, 4, 1), random_ids(7, 2)
+    settings = [Sampling(seed=seed) for seed in (3, 4, 5)]
+    together = Heard(answers=3)
+    run(engine, job_of(together, ids, kv, samplings=settings))
+    for answer, sampling in enumerate(settings):
+        single = Heard()
+        run(engine, job_of(single, ids, kv, samplings=[sampling]))
+        assert together.tokens[answer] == single.tokens[0]
+
+
+def test_prefix_that_is_no_number_ends_its_own_answer_only(base: Any, engine: Engine) -> None:
+    broken = prefix_of(base, 6, 1)
+    broken.layers[0].key.fill_(float("nan"))
+    ids = random_ids(9, 2)
+    bad, good = Heard(), Heard()
+    run(engine, job_of(bad, ids, broken), job_of(good, ids, max_tokens=12))
+    assert bad.ended == ["broken"]
+    assert bad.tokens == [[]]
+    assert good.tokens[0] == alone(base, None, ids, 12)
+
+
+def test_failing_pass_ends_what_ran_and_nothing_else(base: Any, engine: Engine) -> None:
+    ids = random_ids(9, 2)
+
+    def fail_once(*args: Any, **kwargs: Any) -> Any:
+        base.forward = own
+        raise RuntimeError("out of memory")
+
+    own = base.forward
+    hit, after = Heard(on_step=lambda step: setattr(base, "forward", fail_once) or False), Heard()
+    run(engine, job_of(hit, ids))
+    assert hit.ended == ["broken"]
+    base.forward = own
+    run(engine, job_of(after, ids))
+    assert after.tokens[0] == alone(base, None, ids, 8)
+
+
+def test_cancelled_job_frees_its_rows_and_the_others_go_on(base: Any) -> None:
+    made = Engine(base, rows=1)
+    made.start()
+    reached = threading.Event()
+    endless = Heard(on_step=lambda step: reached.set() or False)
+    waits = Heard()
+    job = job_of(endless, random_ids(4, 1), max_tokens=100_000, seconds=600)
+    made.cached_tokens = 10**9
+    made.submit(job)
+    made.submit(job_of(waits, random_ids(5, 2)))
+    assert reached.wait(20)
+    assert made.waiting == 1
+    made.cancel(job)
+    assert waits.done.wait(20)
+    assert waits.tokens[0] == alone(base, None, random_ids(5, 2), 8)
+    count = len(endless.tokens[0])
+    assert not endless.ended
+    time.sleep(0.05)
+    assert len(endless.tokens[0]) == count
+    made.close(0)
+
+
+def test_listener_that_fails_loses_its_own_job_only(base: Any, engine: Engine) -> None:
+    def fail(step: Step) -> bool:
+        raise KeyError("gone")
+
+    good = Heard()
+    ids = random_ids(5, 2)
+    bad = Job(
+        ids=ids,
+        prefix=None,
+        samplings=[GREEDY],
+        max_tokens=9,
+        ends=frozenset(),
+        deadline=time.monotonic() + 9,
+        listener=fail,
+    )
+    engine.submit(bad)
+    run(engine, job_of(good, ids))
+    assert good.tokens[0] == alone(base, None, ids, 8)
+
+
+def test_full_queue_refuses_all_of_a_request_and_says_when_to_come_again(base: Any) -> None:
+    made = Engine(base, queue=2)  # not started: nothing leaves the queue
+    made.submit(job_of(Heard(), [5]))
+    with pytest.raises(OverloadedError, match="the queue is full: 2") as error:
+        made.submit(job_of(Heard(), [5]), job_of(Heard(), [6]))
+    assert 1 <= error.value.retry_after <= 60
+    assert made.waiting == 1
+    made.submit(job_of(Heard(), [5]))
+
+
+def test_late_job_is_told_so_while_it_waits_and_while_it_runs(base: Any) -> None:
+    made = Engine(base, rows=1, cached_tokens=10**9)
+    made.start()
+    runs, waits, after = Heard(), Heard(), Heard()
+    made.submit(job_of(runs, [5, 6], max_tokens=10**6, seconds=0.6))
+    made.submit(job_of(waits, [5, 6], seconds=0.2))
+    made.submit(job_of(after, [5, 6]))
+    assert after.done.wait(20)
+    assert runs.ended == waits.ended == ["timeout"]
+    assert runs.tokens[0]
+    assert not waits.tokens[0]
+    made.close(0)
+
+
+def test_closing_engine_takes_nothing_new_finishes_in_time_and_ends_the_rest(base: Any) -> None:
+    made = Engine(base, cached_tokens=10**9)
+    made.start()
+    reached = threading.Event()
+    endless = Heard(on_step=lambda step: reached.set() or False)
+    short = Heard()
+    made.submit(job_of(endless, [5, 6], max_tokens=10**6), job_of(short, [7, 8]))
+    assert reached.wait(20)
+    made.close(0.3)
+    with pytest.raises(OverloadedError, match="shutting down"):
+        made.submit(job_of(Heard(), [5]))
+    made.join(20)
+    assert not made.is_alive
+    assert short.ended == ["length"]
+    assert endless.ended == ["shutdown"]
+
+
+def test_long_prompt_holds_up_neither_answers_nor_a_short_prompt_behind_it(base: Any) -> None:
+    order: list[str] = []
+    made = Engine(base, chunk=8)
+
+    def note(name: str) -> Callable[[Step], bool]:
+        return lambda step: bool(order.append(name)) if step.choice else False
+
+    runs, long, short = Heard(on_step=note("runs")), Heard(on_step=note("long")), Heard(on_step=note("short"))
+    made.submit(
+        job_of(runs, [5], max_tokens=12),
+        job_of(long, random_ids(100, 1), max_tokens=1),
+        job_of(short, [6, 7]),
+    )
+    made.start()
+    for heard in (runs, long, short):
+        assert heard.done.wait(20)
+    assert order.index("short") < order.index("long")
+    assert order[: order.index("long")].count("runs") >= 10  # 100 tokens in pieces of 8, a token between two
+    made.close(0)
+
+
+def test_memory_is_bounded_by_waiting_and_goes_back(base: Any) -> None:
+    made = Engine(base, rows=8, cached_tokens=60)
+    most = [0]
+    made._observe = lambda rows: most.__setitem__(0, max(most[0], rows))
+    heard = [Heard() for _ in range(8)]
+    made.submit(*(job_of(h, random_ids(12, i)) for i, h in enumerate(heard)))  # 20 tokens each: three at once
+    made.start()
+    for one in heard:
+        assert one.done.wait(20)
+    assert most[0] == 3
+    made.close(0)
+    made.join(10)
+    assert made._cache.sides == []
+
+
+def test_end_token_ends_and_is_not_told(base: Any, engine: Engine) -> None:
+    ids = random_ids(9, 2)
+    wanted = alone(base, None, ids, 8)
+    heard = Heard()
+    run(engine, job_of(heard, ids, ends=frozenset({wanted[5]})))
+    assert heard.tokens[0] == wanted[: wanted.index(wanted[5])]
+    assert heard.ended == ["stop"]
+
+
+def test_top_p_keeps_the_tokens_that_transformers_keeps() -> None:
+    from transformers import TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.5, 0.9, 0.999):
+        logits = torch.randn(1, 1000, generator=generator) * 3
+        kept = set(TopPLogitsWarper(share)(None, logits.clone())[0].isfinite().nonzero().flatten().tolist())
+        chooser = Chooser(Sampling(top_p=share, seed=1))
+        drawn = {chooser.choose(logits[0]).token for _ in range(400)}
+        assert drawn <= kept
+        assert len(kept) > 20 or drawn == kept or share > 0.9
+
+
+def test_sampling_has_the_probabilities_of_the_logits() -> None:
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    chooser = Chooser(Sampling(temperature=0.7, seed=5))
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[chooser.choose(logits).token] += 1
+    assert torch.allclose(counts / 4000, (logits / 0.7).softmax(0), atol=0.03)
+
+
+def test_penalties_are_those_of_openais_formula() -> None:
+    logits = torch.tensor([3.0, 2.9, 2.0, 0.0])
+    asked = Sampling(temperature=0, presence_penalty=0.05, frequency_penalty=0.3, logprobs=2)
+    chooser, seen, found = Chooser(asked), torch.zeros(4), []
+    for _ in range(8):
+        scores = logits - 0.3 * seen - 0.05 * (seen > 0)
+        expected = int(scores.argmax())
+        seen[expected] += 1
+        choice = chooser.choose(logits)
+        found.append(choice.token == expected)
+        assert choice.logprob == pytest.approx(float(logits.log_softmax(0)[expected]), abs=1e-6)
+        assert [token for token, _ in choice.top] == [0, 1]
+    assert all(found)
