@@ -239,7 +239,7 @@ class Prefix(nn.Module):
 
         The keys of a layer, and its values, step in proportion to their size at the start (root mean square),
         which differs by a factor of 40 within one model: a step that moves one layer's values far is nothing
-        to another's (docs/adr/0006). The parameters of a projection are one group.
+        to another's (docs/adr/0007). The parameters of a projection are one group.
 
         Args:
             rate: share of that size for values, of which keys get half; the learning rate itself with a

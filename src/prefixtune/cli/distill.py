@@ -74,7 +74,7 @@ def distill(
             "--questions are given, so --write-questions has no say", hint="leave one of them out"
         )
     settings = DistillConfig(**distill_options)
-    config = TrainConfig(**{"num_train_epochs": EPOCHS, **train_options})
+    config = TrainConfig(**{"num_train_epochs": EPOCHS, "retain": 0.0, **train_options})
     written = _read(text) if text is not None else ""
 
     import prefixtune.distill as room

@@ -160,7 +160,7 @@ def _add_knob(
         option = click.option(f"--{kebab}/--no-{kebab}", field.name, is_flag=True, **settings)
     else:
         choices = field.metadata.get("choices")
-        known = {"length": Length(), "init_tokens": TokenIds()}
+        known = {"length": Length(), "init_tokens": TokenIds()} if section == "prefix" else {}
         type_ = click.Choice(choices) if choices else known.get(field.name, kind)
         option = click.option(f"--{kebab}", field.name, type=type_, **settings)
     option(command)

@@ -112,7 +112,7 @@ def distill(
         ConfigError, ModelError, RunError, OutOfMemoryError: as `prefixtune.train.train`.
         KeyboardInterrupt: stopped by Ctrl-C; after a checkpoint was written, once the training has begun.
     """
-    settings, config = distill_config or DistillConfig(), config or TrainConfig()
+    settings, config = distill_config or DistillConfig(), config or TrainConfig(retain=0.0)
     options = dict(prefix_options or {})
     asked = {
         "distilled": True,

@@ -30,8 +30,8 @@ __all__ = [
 
 AUTO = "auto"
 SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
-# of the size of the keys and values (docs/adr/0006)
-DIRECT_LEARNING_RATE = 6e-2
+# of the size of the keys and values (docs/adr/0007)
+DIRECT_LEARNING_RATE = 5e-2
 # a step of the projection moves every KV number by a sum over its hidden layer
 PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
 
