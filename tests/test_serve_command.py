@@ -106,5 +106,6 @@ def test_wrong_option_is_told(place: Path, options: Sequence[str], code: int, sa
 
 
 def test_missing_package_is_told_with_its_install_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefixtune.cli.serve.find_spec", lambda name: None)
+    module = sys.modules["prefixtune.cli.serve"]  # by its name prefixtune.cli has the command
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert "pip install 'prefixtune[serve]'" in fail("--model", place / "little", code=1)

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixtune.errors import PrefixTuneError
@@ -37,6 +37,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in OpenAI's shape"}
     for code in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
+KINDS: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}  # whole, or in chunks
+ANSWERS = {200: {"description": "an answer in OpenAI's shape", "content": KINDS}, **ERRORS}
 CLIENT_GONE = 499  # nobody reads it; the log does
 
 
@@ -93,12 +95,12 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             raise ApiError(404, f"there is no model {model!r}", code="model_not_found", param="model")
         return _json(card(model))
 
-    @app.post("/v1/chat/completions", responses=ERRORS)
+    @app.post("/v1/chat/completions", responses=ANSWERS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         found = await asyncio.to_thread(service.chat, body)
         return await _respond(service, request, body, found)
 
-    @app.post("/v1/completions", responses=ERRORS)
+    @app.post("/v1/completions", responses=ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         found = await asyncio.to_thread(service.completion, body)
         return await _respond(service, request, body, found)
@@ -272,7 +274,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         return _json({"status": "ok" if service.is_well else "closing"}, 200 if service.is_well else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
