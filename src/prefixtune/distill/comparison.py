@@ -103,7 +103,7 @@ def compare(
     answered: Sequence[Answered],
     *,
     context: Context,
-    text_kv: PrefixKV,
+    text_bytes: int,
     prefix: PrefixKV,
 ) -> list[Contestant]:
     """The teacher, the prefix, its start, and no text, on the same held-out rows.
@@ -111,7 +111,7 @@ def compare(
     Args:
         examples: with the teacher's aims.
         answered: what they were made of; the question of middle length is timed.
-        text_kv: of the whole context, in the model's precision; `prefix` likewise.
+        text_bytes: of the whole context's KV, in the model's precision; `prefix` has it too.
     """
     length = prefix.length
     start = PrefixKV.from_tokens(base.model, torch.tensor([context.ids[:length]]))
@@ -131,19 +131,19 @@ def compare(
             "no text": (alone, None),
         },
     )
-    kept = {"prefix": prefix, f"first {length} tokens": start}
-    found = [_contestant("text in the context", Closeness(divergence=0.0, agreement=1.0), text_kv, speeds)]
-    return [*found, *(_contestant(name, one, kept.get(name), speeds) for name, one in near.items())]
+    sizes = {"prefix": (length, prefix.nbytes), f"first {length} tokens": (length, start.nbytes)}
+    near = {"text in the context": Closeness(divergence=0.0, agreement=1.0), **near}
+    sizes["text in the context"] = (len(context.ids), text_bytes)
+    return [_contestant(name, near[name], *sizes.get(name, (0, 0)), speeds.get(name)) for name in near]
 
 
-def _contestant(name: str, near: Closeness, kv: PrefixKV | None, speeds: dict[str, Speed]) -> Contestant:
-    speed = speeds.get(name)
+def _contestant(name: str, near: Closeness, tokens: int, size: int, speed: Speed | None) -> Contestant:
     return Contestant(
         name=name,
         divergence=near.divergence,
         agreement=near.agreement,
-        cache_tokens=kv.length if kv is not None else 0,
-        cache_bytes=kv.nbytes if kv is not None else 0,
+        cache_tokens=tokens,
+        cache_bytes=size,
         first_token_seconds=speed.first_token_seconds if speed else None,
         tokens_per_second=speed.tokens_per_second if speed else None,
     )

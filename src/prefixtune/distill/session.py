@@ -29,7 +29,6 @@ from prefixtune.load import LoadedBase, load_base
 from prefixtune.loss import PASS_TOKENS, Passes
 from prefixtune.memory import readable
 from prefixtune.model import PrefixModel
-from prefixtune.prefix import PrefixKV
 from prefixtune.progress import note
 from prefixtune.train import TrainResult, train_examples
 from prefixtune.train.folder import COMPARISON, QUESTIONS, finished, open_run
@@ -168,10 +167,13 @@ def distill(
 
 @dataclass(frozen=True, kw_only=True)
 class _Material:
-    """What the training and the comparison are made of; `rows` by part, with the teacher's aims."""
+    """What the training and the comparison are made of; `rows` by part, with the teacher's aims.
+
+    The text's KV is not kept: its size in bytes is `text_bytes`.
+    """
 
     context: Context
-    kv: PrefixKV
+    text_bytes: int
     answered: list[Answered]
     passes: Passes
     rows: dict[str, list[Example]]
@@ -200,9 +202,8 @@ def _gather(
         answered = answer(base.model, base.tokenizer, context, kv, parts, config=settings, seed=config.seed)
     passes = _passes(base, answered, config)
     rows = {part: with_aims(passes, [one for one in answered if one.part == part], kv) for part in PARTS}
-    found = _Material(context=context, kv=kv, answered=answered, passes=passes, rows=rows)
-    aims, text = readable(found.aims_bytes), readable(kv.nbytes)
-    note(f"the teacher's hidden states take {aims} of memory, and the text's KV {text}")
+    found = _Material(context=context, text_bytes=kv.nbytes, answered=answered, passes=passes, rows=rows)
+    note(f"the teacher's hidden states take {readable(found.aims_bytes)} of memory")
     return found
 
 
@@ -271,7 +272,7 @@ def _compared(
     asked = [one for one in material.answered if one.part == "heldout"]
     heldout, context = material.rows["heldout"], material.context
     contestants = compare(
-        base, material.passes, heldout, asked, context=context, text_kv=material.kv, prefix=prefix
+        base, material.passes, heldout, asked, context=context, text_bytes=material.text_bytes, prefix=prefix
     )
     prompts = [one.student_ids for one in asked]
     answers = [
