@@ -312,8 +312,9 @@ from prefixtune.cli import main
 
 def limit(self, *args, save=Trainer._save_checkpoint, **more):  # between two steps: the next one needs more
     save(self, *args, **more)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), resource.RLIM_INFINITY))
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    spare = 64 * 2**20  # what is small finds room, a step's activations do not
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
 
 if {limited}:
     Trainer._save_checkpoint = limit

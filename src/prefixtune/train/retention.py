@@ -26,7 +26,7 @@ __all__ = ["SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
 TEXTS, TOKENS = 64, 64
 SHORTEST = 4  # tokens of a text that says anything
 PER_STEP = 2  # of the texts in an optimizer step
-BATCH = 64  # a sample depends on its batch, so the size is no option
+BATCH = 32  # a sample depends on its batch, so the size is no option
 
 
 @dataclass
