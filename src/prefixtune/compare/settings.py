@@ -154,7 +154,7 @@ METHODS: dict[str, Method] = {
         _method("base"),
         _method("prompt"),
         _method("full", learning_rate=5e-5),
-        _method("lora", learning_rate=5e-3, targets="qv"),
+        _method("lora", learning_rate=1e-2, targets="qv"),
         _method("lora-all-linear", "lora", learning_rate=5e-3, targets="all-linear"),
         _method("prompt-tuning", learning_rate=3e-1, init="text"),
         _method("p-tuning", learning_rate=1e-2),

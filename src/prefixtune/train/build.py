@@ -99,18 +99,20 @@ def add_retention(trainer: PrefixTrainer, config: TrainConfig, output: Path, tok
     """Give the trainer the neutral text of a run, if it is to have some; `output` keeps it.
 
     Raises:
-        ConfigError: the model has too few positions for a text behind the prefix.
+        ConfigError: there is no tokenizer, or the positions behind the prefix or a pass hold no text.
     """
     if not config.retain:
         return
+    if tokenizer is None:
+        raise ConfigError("retain: neutral text cannot be sampled without a tokenizer", hint="use retain=0")
     model = trainer.accelerator.unwrap_model(trainer.model)
-    room = TOKENS
+    room = min(TOKENS, trainer.passes.capacity)
     if not model.geometry.positions_extrapolate and model.geometry.max_positions is not None:
         room = min(room, model.geometry.max_positions - model.prefix.config.length)
     if room < SHORTEST:
         raise ConfigError(
-            f"retain: {room} positions are left behind the prefix, too few for neutral text",
-            hint="use a shorter prefix, or --retain 0",
+            f"retain: there is room for {room} tokens of neutral text, too few to say anything",
+            hint="use a shorter prefix or a larger packing_length, or --retain 0",
         )
     texts = kept_texts(output, model.base_model, tokenizer, seed=config.seed, tokens=room)
     trainer.retention = Retention.of(trainer.passes, texts, weight=config.retain)
