@@ -22,6 +22,7 @@ __all__ = [
     "budget",
     "explain_full_memory",
     "forget_peak",
+    "give_back_freed",
     "group_room",
     "measured_peak",
     "resident",
@@ -59,6 +60,13 @@ def resident(device: str = "cpu") -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def give_back_freed() -> None:
+    """Give the host's memory that is free, and that glibc has kept, back to the system."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def forget_peak(device: str = "cpu") -> bool:
     """Let `measured_peak` begin anew at what is in use now, freed memory given back. False where it cannot.
 
@@ -69,8 +77,7 @@ def forget_peak(device: str = "cpu") -> bool:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return True
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
     except OSError:  # not Linux, or not allowed

@@ -19,6 +19,7 @@ from prefixtune.errors import DataError
 from prefixtune.generate import ending, generate_ids, sampling, seeded
 from prefixtune.geometry import quiet_eval, text_config
 from prefixtune.loss import Passes, RowTokens
+from prefixtune.memory import give_back_freed
 from prefixtune.train.folder import RETENTION
 
 __all__ = ["SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
@@ -26,7 +27,7 @@ __all__ = ["SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
 TEXTS, TOKENS = 64, 64
 SHORTEST = 4  # tokens of a text that says anything
 PER_STEP = 2  # of the texts in an optimizer step
-BATCH = 32  # a sample depends on its batch, so the size is no option
+BATCH = 16  # a sample depends on its batch, so the size is no option
 
 
 @dataclass
@@ -77,6 +78,7 @@ def kept_texts(
         texts: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
         return texts
     texts = sample_texts(base, tokenizer, seed=seed, tokens=tokens)
+    give_back_freed()  # the cache of the sampling, before a step's activations come on top
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{RETENTION}.draft")
     draft.write_text(json.dumps(texts), encoding="utf-8")
