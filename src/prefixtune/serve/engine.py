@@ -6,6 +6,7 @@ pieces, each in its turn, so that a long one holds up neither the rows that answ
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -88,7 +89,8 @@ class Job:
         """Whether the answer is over for its listener; one that fails loses its job, not the engine."""
         try:
             return self.listener(step)
-        except Exception:
+        except Exception:  # of whatever stands behind the engine; told on stderr, without the prompt
+            logging.getLogger(__name__).exception("a listener failed, and its job is dropped")
             self.cancelled = True
             return True
 
