@@ -18,9 +18,15 @@ from families import FAMILIES, tiny_model
 from prefixtune import PrefixConfig
 from prefixtune.attachment import packs
 from prefixtune.cli import main
+from prefixtune.config import TrainConfig
+from prefixtune.data import Example
 from prefixtune.errors import OutOfMemoryError
+from prefixtune.load import LoadedBase
+from prefixtune.loss import Passes
 from prefixtune.memory import LiveBytes, Setup, check_fit, estimate, explain_full_memory, measure_step
 from prefixtune.memory.host import group_room
+from prefixtune.train import trainer_for
+from prefixtune.train.forecast import setup_of
 from tokenizers_for_tests import byte_tokenizer
 
 MIB, GIB = 2**20, 2**30
@@ -203,6 +209,47 @@ class _RealBytes(LiveBytes):
 
 
 # --- what fits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("steps", [2, 9])  # within an epoch, and beyond one
+def test_estimated_pass_is_the_largest_that_the_trainer_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packing: bool, steps: int
+) -> None:
+    seen: list[list[int]] = []
+    loss = Passes.loss
+
+    def watched(self: Passes, rows: Any, pairs: Any) -> Any:
+        seen.append([len(row.input_ids) for row in rows])
+        return loss(self, rows, pairs)
+
+    monkeypatch.setattr(Passes, "loss", watched)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 40, (30,), generator=generator).tolist()
+    examples = [
+        Example(input_ids=(1,) * n, labels=(-100,) * (n - 2) + (1,) * 2, origin="", truncated=0)
+        for n in lengths
+    ]
+    config = TrainConfig(
+        max_steps=steps, packing=packing, packing_length=64, report_to="none", retain=0, dtype="float32"
+    )
+    base = LoadedBase(model=tiny_model("llama"), tokenizer=None, name="tiny", dtype_reason="")
+    options = {"length": 3, "init": "random"}
+    trainer, _ = trainer_for(
+        base, examples, prefix_options=options, config=config, output=tmp_path / "run", pad_token_id=0
+    )
+    trainer.train()
+
+    def size(rows: list[int] | tuple[int, ...]) -> int:
+        return sum(rows) if packing else len(rows) * max(rows)
+
+    setup = setup_of(
+        config, PrefixConfig(**options), examples, packing=packing, dtype=torch.float32, device="cpu"
+    )
+    assert setup.tokens == max(map(size, seen))
+    assert setup.tokens == size(setup.lengths)
+    assert setup.target_share == pytest.approx(2 * len(setup.lengths) / sum(setup.lengths))
+    assert setup.passes == 2  # of an optimizer step
 
 
 def test_advice_holds_what_it_says() -> None:

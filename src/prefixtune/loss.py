@@ -7,6 +7,7 @@ Axes: S target tokens, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,16 +73,14 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     if lengths and max(lengths) > capacity:
         raise ConfigError(f"a row of {max(lengths)} tokens does not fit a pack of {capacity}")
     packs_: list[list[int]] = []
-    free: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens that are free, pack), ascending
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        fits = [(free[i], i) for i in range(len(free)) if free[i] >= lengths[row]]
-        if fits:
-            _, best = min(fits)
-            packs_[best].append(row)
-            free[best] -= lengths[row]
-        else:
-            packs_.append([row])
-            free.append(capacity - lengths[row])
+        best = bisect.bisect_left(room, (lengths[row], 0))
+        free, pack = room.pop(best) if best < len(room) else (capacity, len(packs_))
+        if pack == len(packs_):
+            packs_.append([])
+        packs_[pack].append(row)
+        bisect.insort(room, (free - lengths[row], pack))
     return packs_
 
 

@@ -20,6 +20,8 @@ __all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable"]
 
 # of what a step allocates and frees again: holes that glibc cannot use at the peak (docs/memory.md)
 CPU_SLACK = 0.15
+# what the first step adds to a process for good: MKL's buffers, code that had not run yet (docs/memory.md)
+CPU_FIRST_STEP = 64 * 2**20
 SHORTEST = 64  # tokens: rows are not advised to be cut below this
 
 
@@ -39,7 +41,7 @@ class Estimate:
     Attributes:
         step: what is live at the peak of a step.
         baseline: the process without a model: interpreter, libraries, rows. 0 on CUDA.
-        slack: what the allocator holds beyond it. 0 on CUDA.
+        slack: what allocators and libraries hold beyond it. 0 on CUDA.
         loading: the peak while the weights are read, which may be the higher one.
         available: what the process may come to have.
         advice: changes that lower the peak, in the order in which we would try them.
@@ -101,7 +103,7 @@ class Estimate:
             "activations": step.activations,
             "logits": step.logits,
             "the process itself": self.baseline,
-            "allocator": self.slack,
+            "allocators": self.slack,
             "while loading": self.loading if self.loading == self.peak else 0,
         }
         dtype = str(setup.dtype).removeprefix("torch.")
@@ -160,7 +162,7 @@ def estimate(
         setup=setup,
         step=step,
         baseline=baseline if on_cpu else 0,
-        slack=round(CPU_SLACK * passing) if on_cpu else 0,
+        slack=round(CPU_SLACK * passing) + CPU_FIRST_STEP if on_cpu else 0,
         loading=max(reading, so_far),
         available=available,
     )

@@ -29,7 +29,7 @@ __all__ = [
     "return_freed_memory",
 ]
 
-M_MMAP_THRESHOLD, FROM_BYTES = -3, 4 * 2**20  # malloc.h
+M_MMAP_THRESHOLD, FROM_BYTES = -3, 2**20  # malloc.h
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page
 # v2 has one tree, v1 one for each controller: (limit, usage, the page cache that can be given back)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import empty_model, load_tokenizer, placement, weight_files
-from prefixtune.loss import PASS_TOKENS, group_rows
+from prefixtune.loss import PASS_TOKENS, group_rows, pack_rows
 from prefixtune.memory import (
     Estimate,
     Setup,
@@ -25,11 +26,13 @@ from prefixtune.memory import (
     without_weights,
 )
 from prefixtune.model import PrefixModel
-from prefixtune.train.defaults import AUTO, default_length
+from prefixtune.train.defaults import AUTO, default_length, planned_steps
+from prefixtune.train.trainer import LengthGroupedSampler
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
 
 
+LOOKED_AT = 10_000  # batches
 SIZES = ("length", "projection", "hidden_size", "layers")  # options of the prefix that decide its bytes
 
 
@@ -45,39 +48,57 @@ def setup_of(
 ) -> Setup:
     """What `prefixtune.memory` has to know of a run; `packing`: whether its rows can be packed."""
     lengths = [len(example.input_ids) for example in examples]
-    longest, batch = max(lengths), min(config.per_device_train_batch_size, len(lengths))
-    capacity = max(longest, config.packing_length or PASS_TOKENS)
-    largest = sorted(lengths)[-batch:]
+    capacity = max(*lengths, config.packing_length or PASS_TOKENS)
+    passes, several = _passes(lengths, config, capacity, packing=packing)
+
+    def size(rows: Sequence[int], of: Sequence[int]) -> int:
+        taken = [of[row] for row in rows]
+        return sum(taken) if packing else len(taken) * max(taken)
+
+    largest = max(passes, key=lambda rows: size(rows, lengths))
     eval_lengths = [len(example.input_ids) for example in eval_examples]
+    groups = (pack_rows if packing else group_rows)(eval_lengths, max(capacity, *eval_lengths, 1))
+    eval_largest = max(groups, key=lambda rows: size(rows, eval_lengths), default=[])
     return Setup(
         prefix=prefix,
-        lengths=_largest_pass(largest if packing else lengths, capacity, batch, packing=packing),
+        lengths=tuple(lengths[row] for row in largest),
         packing=packing,
-        passes=2 if config.gradient_accumulation_steps > 1 or sum(largest) > capacity or not packing else 1,
-        target_share=sum(example.target_tokens for example in examples) / sum(lengths),
-        longest=longest,
+        passes=2 if several else 1,
+        target_share=sum(examples[row].target_tokens for row in largest)
+        / sum(lengths[row] for row in largest),
+        longest=max(lengths),
         row_tokens=sum(lengths) / len(lengths),
         checkpointing=config.gradient_checkpointing,
         quantize=config.quantize,
         dtype=dtype,
         device=device,
-        eval_lengths=_largest_pass(eval_lengths, capacity, len(eval_lengths), packing=packing),
+        eval_lengths=tuple(eval_lengths[row] for row in eval_largest),
         aims=examples[0].aims is not None,
     )
 
 
-def _largest_pass(lengths: list[int], capacity: int, rows: int, *, packing: bool) -> tuple[int, ...]:
-    """Lengths of the rows of the largest pass. A pack is taken to be full: in a long run one will be."""
-    if not lengths:
-        return ()
-    if not packing:
-        groups = [group[:rows] for group in group_rows(lengths, max(capacity, *lengths))]
-        found = max(groups, key=lambda group: len(group) * lengths[group[0]])
-        return tuple(lengths[row] for row in found)
-    tokens = min(capacity, sum(lengths))
-    mean = max(1, round(sum(lengths) / len(lengths)))
-    whole, rest = divmod(tokens, min(mean, tokens))
-    return (min(mean, tokens),) * whole + ((rest,) if rest else ())
+def _passes(
+    lengths: Sequence[int], config: TrainConfig, capacity: int, *, packing: bool
+) -> tuple[list[list[int]], bool]:
+    """Row numbers of each pass of a run on one process, and whether an optimizer step has several.
+
+    Where a run is longer than LOOKED_AT batches, it is as its beginning is.
+    """
+    batch = config.per_device_train_batch_size
+    several = config.gradient_accumulation_steps > 1
+    left = min(LOOKED_AT, planned_steps(config, len(lengths)) * config.gradient_accumulation_steps)
+    sampler = LengthGroupedSampler(lengths, 1 if packing else batch, seed=config.seed)
+    passes: list[list[int]] = []
+    while left > 0:
+        order = list(sampler)
+        for first in range(0, min(len(order), left * batch), batch):
+            rows = order[first : first + batch]
+            groups = (pack_rows if packing else group_rows)([lengths[row] for row in rows], capacity)
+            passes += [[rows[place] for place in group] for group in groups]
+            several = several or len(groups) > 1
+            left -= 1
+        sampler.set_epoch(sampler.epoch + 1)
+    return passes, several
 
 
 def forecast_for(
@@ -127,6 +148,10 @@ def forecast_for(
         dtype=dtype,
         device=place,
     )
+    if not found[0] and setup.packing:  # of unknown rows, some will fill a pass
+        full = min(config.packing_length or PASS_TOKENS, setup.longest * config.per_device_train_batch_size)
+        whole, rest = divmod(max(full, setup.longest), setup.longest)
+        setup = replace(setup, lengths=(setup.longest,) * whole + ((rest,) if rest else ()))
     return estimate(base, setup, available=budget(place), baseline=resident(place), files=files)
 
 
