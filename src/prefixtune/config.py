@@ -223,6 +223,11 @@ class TrainConfig(_Config):
     """How to train; named as in transformers' TrainingArguments where it has the option."""
 
     learning_rate: float | None = option(None, "peak learning rate; by parameterisation unless given")
+    find_learning_rate: bool = option(
+        False,
+        "first raise the learning rate step by step in a short run (a range test), then train with the rate "
+        "that it suggests",
+    )
     num_train_epochs: float = option(1.0, "passes over the training rows, unless --max-steps is given")
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
     per_device_train_batch_size: int = option(
@@ -294,6 +299,11 @@ class TrainConfig(_Config):
         for name in ("weight_decay", "max_grad_norm", "retain"):  # of which 0 switches off
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more; got {getattr(self, name)}")
+        if self.find_learning_rate and self.learning_rate is not None:
+            raise ConfigError(
+                f"find_learning_rate: learning_rate is given too ({self.learning_rate:g})",
+                hint="leave one out",
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
         if not 0 <= self.warmup_ratio < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def make_trainer(
     rows: tuple[list[Example], list[Example] | None],
     tokenizer: Any,
     pad_token_id: int | None = None,
+    kind: Callable[..., PrefixTrainer] = PrefixTrainer,
 ) -> PrefixTrainer:
     """The trainer of a run on (training, evaluation) rows.
 
@@ -82,6 +83,7 @@ def make_trainer(
         pad_token_id = ending(model.base_model, tokenizer)["pad_token_id"]
     passes = _passes(model.base_model, config, resolved["packing_length"], pad_token_id)
     return _trainer(
+        kind,
         output,
         model=model,
         args=training_arguments(config, output, resolved, evaluates=bool(eval_examples)),
@@ -118,10 +120,10 @@ def add_retention(trainer: PrefixTrainer, config: TrainConfig, output: Path, tok
     trainer.retention = Retention.of(trainer.passes, texts, weight=config.retain)
 
 
-def _trainer(output: Path, **arguments: Any) -> PrefixTrainer:
+def _trainer(kind: Callable[..., PrefixTrainer], output: Path, **arguments: Any) -> PrefixTrainer:
     before = output.exists()
     try:
-        return PrefixTrainer(**arguments)
+        return kind(**arguments)
     except (RuntimeError, ValueError) as error:
         if not before and output.is_dir():
             output.rmdir()  # Trainer made it, and nothing is in it yet

@@ -20,6 +20,7 @@ __all__ = [
     "COMPARISON",
     "METRICS",
     "QUESTIONS",
+    "RATES",
     "RETENTION",
     "RUN",
     "check_resumed",
@@ -30,11 +31,12 @@ __all__ = [
     "record_run",
 ]
 
-RUN, METRICS, RETENTION = "run.json", "metrics.jsonl", "retention.json"
+RUN, METRICS, RETENTION, RATES = "run.json", "metrics.jsonl", "retention.json", "learning_rates.json"
 QUESTIONS, COMPARISON = "questions.jsonl", "comparison.json"  # of a distillation
 OURS = (
     RUN,
     METRICS,
+    RATES,
     RETENTION,
     QUESTIONS,
     COMPARISON,

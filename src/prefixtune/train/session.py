@@ -22,8 +22,9 @@ from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.build import add_retention, make_trainer
 from prefixtune.train.defaults import check_lengths, check_options, digest, prefix_config_of, resolve
-from prefixtune.train.folder import check_resumed, finished, last_checkpoint, open_run, record_run
+from prefixtune.train.folder import RATES, check_resumed, finished, last_checkpoint, open_run, record_run
 from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
+from prefixtune.train.rate import find_learning_rate
 from prefixtune.train.trainer import PrefixTrainer, run
 
 __all__ = ["TrainResult", "train", "train_examples"]
@@ -177,6 +178,13 @@ def train_examples(
         device=str(base.model.device),
     )
     estimate = forecast(prefix_model, setup, force=force)
+    if config.find_learning_rate and not resume:
+        with explain_full_memory("the range test", hint=lambda: advice_for(prefix_model, setup)):
+            test = find_learning_rate(base, examples, prefix=prefix_config, config=config, resolved=resolved)
+        resolved = {**resolved, "learning_rate": test.suggested}
+        trainer.args.learning_rate = test.suggested
+        files = {**(files or {}), RATES: test.to_json()}
+        set_seed(config.seed)
     record_run(output, _record(asked, prefix_config, base, resolved), resume=resume, files=files)
     add_retention(trainer, config, output, base.tokenizer)
     base_loss = None

@@ -1,0 +1,94 @@
+"""Laws of the range test: it reads its curve as it says, runs from the run's start, and the run uses it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from families import tiny_model
+from prefixtune.cli import main
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError
+from prefixtune.train.rate import ABOVE, BELOW, STEPS, read
+from tokenizers_for_tests import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rates")
+    tokenizer = byte_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": "yes" * (1 + i % 3)} for i in range(12)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def train(place: Path, output: Path, *more: Any) -> Result:
+    line = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", output, "--json"]
+    line += ["--length", 4, "--max-steps", 2, "--retain", 0, "--report-to", "none", *more]
+    return CliRunner().invoke(main, [str(arg) for arg in line])
+
+
+def test_suggestion_is_the_rate_with_the_lowest_running_mean() -> None:
+    rates = [10.0**power for power in range(-4, 3)]
+    gains = [0.0, -0.1, -1.0, -2.0, -2.0, 3.0, 6.0]
+    found = read(rates, gains)
+    lowest = min(range(7), key=found.smoothed.__getitem__)
+    assert found.suggested == rates[lowest] == 1.0
+    assert found.smoothed[0] == gains[0]
+    assert gains[1] < found.smoothed[1] < gains[0]
+
+
+def test_a_test_that_ended_early_has_the_rates_that_it_came_to() -> None:
+    found = read([1.0, 2.0, 3.0], [1.0, 5.0])
+    assert found.rates == (1.0, 2.0)
+    assert found.suggested == 1.0
+
+
+def test_run_trains_with_the_rate_that_it_found_and_keeps_the_curve(place: Path, tmp_path: Path) -> None:
+    result = train(place, tmp_path / "run", "--find-learning-rate")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    curve = json.loads((tmp_path / "run" / "learning_rates.json").read_text())
+    assert facts["learning_rate"] == curve["suggested"]
+    assert f"learning rate {curve['suggested']:.2g}" in result.stderr
+    assert 1 < len(curve["rates"]) == len(curve["gains"]) <= STEPS
+    assert all(map(math.isfinite, curve["gains"]))
+    assert curve["gains"][0] == pytest.approx(0, abs=1e-5)  # nothing is learnt before the first step
+    assert abs(curve["gains"][-1]) > 1e-3
+    assert curve["rates"][0] == pytest.approx(5e-2 * BELOW)
+    if len(curve["rates"]) == STEPS:
+        assert curve["rates"][-1] == pytest.approx(5e-2 * ABOVE)
+
+
+def test_run_with_a_found_rate_is_the_run_that_was_given_it(place: Path, tmp_path: Path) -> None:
+    found = json.loads(train(place, tmp_path / "found", "--find-learning-rate").stdout)
+    given = train(place, tmp_path / "given", "--learning-rate", found["learning_rate"])
+    assert given.exit_code == 0, given.stderr
+    first, second = (load_file(tmp_path / name / "prefix.safetensors") for name in ("found", "given"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_resumed_run_does_not_search_again(place: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path / "run", "--find-learning-rate").exit_code == 0
+    for path in (tmp_path / "run").glob("checkpoint-2/*"):
+        path.unlink()
+    (tmp_path / "run" / "prefix.safetensors").unlink()
+    again = train(place, tmp_path / "run", "--find-learning-rate", "--save-steps", 1, "--resume")
+    assert again.exit_code == 1  # other options: told, not trained
+    assert "save_steps" in again.stderr
+    again = train(place, tmp_path / "run", "--find-learning-rate", "--resume")
+    assert again.exit_code == 0, again.stderr
+    assert "range test" not in again.stderr
+
+
+def test_a_given_rate_and_a_search_for_one_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="find_learning_rate"):
+        TrainConfig(learning_rate=1e-2, find_learning_rate=True)
