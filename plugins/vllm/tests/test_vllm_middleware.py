@@ -130,6 +130,11 @@ def test_text_without_tokens_is_refused(client: Client) -> None:
     refused(client, client.complete("tiny:a", "", add_special_tokens=False))
 
 
+def test_chat_that_becomes_no_text_is_refused(client: Client) -> None:
+    client.server.template = "{{ '<|prefixtune|>' * prefixtune_length }}"
+    assert "empty" in refused(client, client.chat("tiny:a"))
+
+
 @pytest.mark.parametrize("prompt", [None, 5, {}, [None], [5.5], [True], [[5], "x"], [["x"]]])
 def test_prompt_of_another_kind_is_refused(client: Client, prompt: Any) -> None:
     refused(client, client.complete("tiny:a", prompt))
