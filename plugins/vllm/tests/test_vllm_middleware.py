@@ -270,10 +270,18 @@ def test_server_does_not_start_without_its_canaries(place: Path, spoil: Any) -> 
     assert client.complete("tiny:a", [5])[0] == 503
 
 
-def test_server_does_not_start_without_the_connector(place: Path) -> None:
+@pytest.mark.parametrize("change", [None, {"kv_connector": "Another"}, {"kv_connector_extra_config": None}])
+def test_server_does_not_start_without_the_connector(place: Path, change: dict[str, Any] | None) -> None:
     client = Client(FakeServer(place / "served"))
-    client.server.state.args.kv_transfer_config = None
+    args = client.server.state.args
+    args.kv_transfer_config = None if change is None else {**args.kv_transfer_config, **change}
     assert "PrefixConnector" in client.start()
+
+
+def test_nothing_is_asked_before_the_canaries_have_come_back(place: Path) -> None:
+    client = Client(FakeServer(place / "served"))
+    for model in ("tiny", "tiny:a"):
+        assert "not been checked" in refused(client, client.complete(model, [5]), 503)
 
 
 def test_canary_of_other_tensors_is_refused(place: Path) -> None:
