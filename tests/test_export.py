@@ -77,7 +77,9 @@ def export(place: Path, output: Path, *names: str, code: int = 0) -> Result:
 @pytest.fixture(scope="module")
 def output(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("served") / "all"
-    told = json.loads(export(place, output, "chat", "human", "format", "several").stdout)
+    result = export(place, output, "chat", "human", "format", "several")
+    assert "reserved token: <|prefixtune|> (id " in result.stderr
+    told = json.loads(result.stdout)
     assert told["models"]["human"] == "model:human"
     assert told["without_chat"] == ["several"]
     return output
@@ -190,8 +192,16 @@ def test_full_vocabulary_gives_a_token_that_is_called_reserved_or_a_choice() -> 
         reserve(tokenizer, vocabulary=len(tokenizer), chosen=None)
     assert "--reserved-token '<|im_end|>'" in str(error.value)
     assert reserve(tokenizer, vocabulary=len(tokenizer), chosen="<|im_end|>").text == "<|im_end|>"
-    tokenizer.add_tokens(["<|reserved_7|>"])
-    assert reserve(tokenizer, vocabulary=len(tokenizer), chosen=None).text == "<|reserved_7|>"
+
+
+@pytest.mark.parametrize("spare", ["<|reserved_special_7|>", "<unused99>", "[unused1]", "<reserved_106>"])
+def test_words_that_texts_have_are_never_reserved(spare: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["Ġreserved", "reserved", "unused", "Ġ[unused", "<reserved"])  # a vocabulary's own
+    with pytest.raises(ModelError, match="none is called reserved or unused"):
+        reserve(tokenizer, vocabulary=len(tokenizer), chosen=None)
+    tokenizer.add_tokens([spare])
+    assert reserve(tokenizer, vocabulary=len(tokenizer), chosen=None).text == spare
 
 
 @pytest.mark.parametrize("chosen", ["</s>", "<s>", "<nothing>", ""])

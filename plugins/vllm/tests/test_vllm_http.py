@@ -81,16 +81,20 @@ def whole(server: Server, name: str | None, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-def test_64_concurrent_chats_with_six_prefixes_and_none_are_transformers_greedy_tokens(
+def test_170_concurrent_chats_with_16_prefixes_and_none_are_transformers_greedy_tokens(
     server: Server, reference: Reference, turn: int
 ) -> None:
     asked = [(name, text, send) for name in (*LENGTHS, None) for text in TEXTS for send in (whole, streamed)]
-    assert len(asked) >= 64
+    assert (len(asked), len(LENGTHS), len(set(LENGTHS.values()))) == (170, 16, 8)
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda one: one[2](server, one[0], one[1]), asked))
-    wanted = [reference.greedy(name, reference.chat_ids(text), count=NEW) for name, text, _ in asked]
-    assert found == wanted
-    assert len({tuple(ids) for ids in wanted}) == len(asked) // 2  # each prefix answers otherwise
+    wanted = {
+        (name, text): reference.greedy(name, reference.chat_ids(text), count=NEW)
+        for name in (*LENGTHS, None)
+        for text in TEXTS
+    }
+    assert found == [wanted[name, text] for name, text, _ in asked]
+    assert len(set(map(tuple, wanted.values()))) == len(wanted)  # each prefix answers otherwise
 
 
 def test_completions_of_texts_and_ids_are_transformers_greedy_tokens(
@@ -182,12 +186,29 @@ def test_damaged_prefix_fails_alone(
     assert after == reference.greedy("a", [5], count=NEW)
 
 
+def test_answer_whose_placeholders_were_computed_is_withheld_and_no_prefix_answers_any_more(
+    made: Path, tmp_path: Path
+) -> None:
+    module = "--kv-transfer-config.kv_connector_module_path"
+    with serving(made / "served", tmp_path / "log", module, "sabotage") as server:
+        assert server.complete("tiny:c", [5], **GREEDY).status_code == 200
+        # a single token: the answer has ended before the engine can fail its request
+        answer = server.complete("tiny:c", [5, 6, 7], temperature=0, max_tokens=1)
+        assert (answer.status_code, "withheld" in answer.text) == (500, True)
+        assert server.counter("computed_placeholders") == LENGTHS["c"]
+        for name in ("c", "a"):
+            assert server.complete(model(name), [5], **GREEDY).status_code == 500
+        assert server.complete("tiny", [5], **GREEDY).status_code == 200
+
+
 def test_server_does_not_start_when_a_canary_does_not_come_back(place: Path) -> None:
     file = place / "served/prefixes/c/vllm.json"
     record = json.loads(file.read_text())
     record["canary"]["tokens"][-1] ^= 1
     file.write_text(json.dumps(record))
-    assert "its canary gave the tokens" in fails_to_start(place / "served", place / "log")
+    said = fails_to_start(place / "served", place / "log")
+    assert "the server does not start: the prefix c did not pass its canary" in said
+    assert f"at export {record['canary']['tokens']}" in said
 
 
 def test_server_does_not_start_on_another_base(place: Path, tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_text_without_tokens_is_refused(client: Client) -> None:
     refused(client, client.complete("tiny:a", "", add_special_tokens=False))
 
 
+def test_chat_that_becomes_no_text_is_refused(client: Client) -> None:
+    client.server.template = "{{ '<|prefixtune|>' * prefixtune_length }}"
+    assert "empty" in refused(client, client.chat("tiny:a"))
+
+
 @pytest.mark.parametrize("prompt", [None, 5, {}, [None], [5.5], [True], [[5], "x"], [["x"]]])
 def test_prompt_of_another_kind_is_refused(client: Client, prompt: Any) -> None:
     refused(client, client.complete("tiny:a", prompt))
@@ -265,10 +270,18 @@ def test_server_does_not_start_without_its_canaries(place: Path, spoil: Any) -> 
     assert client.complete("tiny:a", [5])[0] == 503
 
 
-def test_server_does_not_start_without_the_connector(place: Path) -> None:
+@pytest.mark.parametrize("change", [None, {"kv_connector": "Another"}, {"kv_connector_extra_config": None}])
+def test_server_does_not_start_without_the_connector(place: Path, change: dict[str, Any] | None) -> None:
     client = Client(FakeServer(place / "served"))
-    client.server.state.args.kv_transfer_config = None
+    args = client.server.state.args
+    args.kv_transfer_config = None if change is None else {**args.kv_transfer_config, **change}
     assert "PrefixConnector" in client.start()
+
+
+def test_nothing_is_asked_before_the_canaries_have_come_back(place: Path) -> None:
+    client = Client(FakeServer(place / "served"))
+    for model in ("tiny", "tiny:a"):
+        assert "not been checked" in refused(client, client.complete(model, [5]), 503)
 
 
 def test_canary_of_other_tensors_is_refused(place: Path) -> None:

@@ -19,16 +19,12 @@ NEW = 12
 ID = 260
 
 
-def engine(
-    place: Path, *, connector: str = "PrefixConnector", module: str = "prefixtune_vllm.connector"
-) -> Any:
+def engine(place: Path, *, module: str = "prefixtune_vllm.connector") -> Any:
     os.environ.update(ENVIRONMENT)
-    path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     from vllm import LLM
 
     transfer = {
-        "kv_connector": connector,
+        "kv_connector": "PrefixConnector",
         "kv_connector_module_path": module,
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"export": str(place / "served")},
@@ -65,7 +61,7 @@ def ask(llm: Any, requests: list[tuple[dict[str, Any], dict[str, Any] | None]], 
     return [(list(one.outputs[0].token_ids), one.outputs[0].finish_reason) for one in found]
 
 
-def test_one_batch_of_six_prefixes_and_none_is_transformers_greedy_tokens(
+def test_one_batch_of_16_prefixes_and_none_is_transformers_greedy_tokens(
     llm: Any, reference: Reference
 ) -> None:
     export = reference.export
@@ -109,7 +105,7 @@ def test_request_that_cannot_be_exact_fails_alone_and_the_next_one_is_exact(
 
 def test_engine_that_computes_placeholders_gives_no_answers(made: Path) -> None:
     export = Export.read(made / "served")
-    sabotaged = engine(made, connector="Sabotaged", module="sabotage")
+    sabotaged = engine(made, module="sabotage")
     try:
         (tokens, reason), (bare, bare_reason) = ask(
             sabotaged, [export.place("c", [5, 6, 7]), ({"prompt_token_ids": [5]}, None)]

@@ -17,7 +17,8 @@ from prefixtune.load import load_base
 from prefixtune.prefix import LayerKV, PrefixKV
 from prefixtune.storage import save_prefix
 
-LENGTHS = {"a": 32, "b": 64, "c": 20, "d": 5, "e": 200, "f": 1}  # on and off the engine's blocks of 32
+# on and off the engine's blocks of 32; each length twice, so that only the content tells the two apart
+LENGTHS = dict(zip("abcdefghijklmnop", (32, 64, 20, 5, 200, 1, 33, 128) * 2, strict=True))
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SPARE = 12  # rows of the embedding beyond the tokenizer's tokens
 CHAT = (

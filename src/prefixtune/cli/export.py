@@ -63,6 +63,8 @@ def export(
     written = write(
         base, named, output, source=source, served_name=served_name, reserved_token=reserved_token
     )
+    token = written.placeholder
+    say(f"reserved token: {token.text} (id {token.id}) stands for the prefix; no request may hold it")
     facts: dict[str, Any] = {
         "folder": str(written.folder),
         "base": written.base,

@@ -15,7 +15,8 @@ from prefixtune.errors import ConfigError, ModelError
 __all__ = ["Placeholder", "reserve"]
 
 OWN = "<|prefixtune|>"
-SPARE = re.compile(r"reserved|unused", re.IGNORECASE)  # what models call tokens that they have for later
+# what models call tokens that they have for later; without brackets it is a word that texts have
+SPARE = re.compile(r"<\S*(reserved|unused)\S*>|\[\S*(reserved|unused)\S*\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,8 @@ def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placehold
     elif OWN in known or max(known.values()) + 1 < vocabulary:
         text = OWN
     else:
-        spare = sorted((id_, text) for text, id_ in known.items() if SPARE.search(text) and text not in taken)
+        named = {text for text in known if SPARE.fullmatch(text)}
+        spare = sorted((known[text], text) for text in named - taken)
         if not spare:
             raise ModelError(
                 f"all {vocabulary} tokens of the model are taken, and none is called reserved or unused",
