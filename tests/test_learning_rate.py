@@ -36,18 +36,25 @@ def train(place: Path, output: Path, *more: Any) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in line])
 
 
-def test_suggestion_is_the_rate_with_the_lowest_running_mean() -> None:
-    rates = [10.0**power for power in range(-4, 3)]
-    gains = [0.0, -0.1, -1.0, -2.0, -2.0, 3.0, 6.0]
+def test_suggestion_lies_between_most_and_the_lowest() -> None:
+    rates = [10.0**power for power in range(-4, 4)]
+    gains = [0.0, -0.5, -2.0, -2.2, -2.3, -2.4, 3.0, 6.0]
     found = read(rates, gains)
-    lowest = min(range(7), key=found.smoothed.__getitem__)
-    assert found.suggested == rates[lowest] == 1.0
+    lowest = found.smoothed.index(min(found.smoothed))
+    first = next(step for step, gain in enumerate(found.smoothed) if gain <= 0.8 * min(found.smoothed))
+    assert first < lowest == 5
+    assert found.suggested == pytest.approx(math.sqrt(rates[first] * rates[lowest]), rel=0.05)
     assert found.smoothed[0] == gains[0]
     assert gains[1] < found.smoothed[1] < gains[0]
 
 
+def test_where_nothing_is_learnt_the_lowest_rate_is_suggested() -> None:
+    assert read([1.0, 2.0, 3.0], [0.0, 1.0, 5.0]).suggested == 1.0
+    assert read([1.0, 2.0, 3.0], [1e-8, 1.0, 5.0]).suggested == 1.0  # rounding
+
+
 def test_a_test_that_ended_early_has_the_rates_that_it_came_to() -> None:
-    found = read([1.0, 2.0, 3.0], [1.0, 5.0])
+    found = read([1.0, 2.0, 3.0], [-1.0, 5.0])
     assert found.rates == (1.0, 2.0)
     assert found.suggested == 1.0
 

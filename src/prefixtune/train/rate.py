@@ -34,6 +34,7 @@ __all__ = ["RangeTest", "find_learning_rate"]
 STEPS = 48
 BELOW, ABOVE = 1 / 30, 10.0  # the rates that are tried, as multiples of the default
 SMOOTHED = 0.8  # weight of what came before in the running mean of the gains
+MOST = 0.8  # of the largest gain
 DIVERGED = 1.0  # nats above the lowest running mean: the test ends
 
 
@@ -46,7 +47,8 @@ class RangeTest:
         gains: nats per target token before each step, beyond what the run's start has on the same rows: so
             how hard the rows are does not show. Less than 0 is learnt.
         smoothed: their running mean, corrected for its start.
-        suggested: the rate at which it was lowest.
+        suggested: the middle, of logarithms, between the first rate at which most is learnt and the one with
+            the lowest mean. In between the curve is flat, and its lowest point is chance.
     """
 
     rates: tuple[float, ...]
@@ -101,11 +103,14 @@ def read(rates: Sequence[float], gains: Sequence[float]) -> RangeTest:
         mean = SMOOTHED * mean + (1 - SMOOTHED) * gain
         smoothed.append(mean / (1 - SMOOTHED**count))
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    enough = next(
+        step for step, gain in enumerate(smoothed) if gain <= MOST * smoothed[lowest] or step == lowest
+    )
     return RangeTest(
         rates=tuple(rates[: len(gains)]),
         gains=tuple(gains),
         smoothed=tuple(smoothed),
-        suggested=float(f"{rates[lowest]:.2g}"),
+        suggested=float(f"{math.sqrt(rates[enough] * rates[lowest]):.2g}"),
     )
 
 
