@@ -48,6 +48,7 @@ def build_app(
     api_key: str | None = None,
     admin_key: str | None = None,
     cors: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> ASGIApp:
     """The application of a service. Starting and stopping it starts and stops the engine.
 
@@ -55,6 +56,7 @@ def build_app(
         api_key: asked for by every route but /healthz; None asks for none.
         admin_key: opens the routes under /admin, which are closed without one.
         cors: origins whose pages may call the server; none unless given.
+        hosts: names that the header Host may have; None takes any.
     """
 
     @asynccontextmanager
@@ -71,7 +73,9 @@ def build_app(
     _add_openai(app, service)
     _add_admin(app, service)
     _add_operations(app, service)
-    guarded: ASGIApp = Guard(app, api_key=api_key, admin_key=admin_key, body_limit=service.config.body_limit)
+    guarded: ASGIApp = Guard(
+        app, api_key=api_key, admin_key=admin_key, body_limit=service.config.body_limit, hosts=hosts
+    )
     if cors:
         guarded = CORSMiddleware(
             guarded, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -1,4 +1,4 @@
-"""What every connection meets before any route: the key, and the size of its body. Knows no route but one."""
+"""What every connection meets before any route: host, key, size of its body. Knows no route but one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import hmac
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,10 +31,21 @@ class Guard:
             authentication, which browsers know. None asks for none.
         admin_key: asked for by the routes under /admin, which None closes.
         body_limit: bytes; a longer body is refused, whether its length is told beforehand or not.
+        hosts: names that a request may address the server by; None takes any. Without them a page whose own
+            name is made to point here (DNS rebinding) could read the answers.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None, body_limit: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        admin_key: str | None,
+        body_limit: int,
+        hosts: Sequence[str] | None = None,
+    ) -> None:
         self._app, self._limit = app, body_limit
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._api, self._admin = _digest(api_key), _digest(admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +57,7 @@ class Guard:
             return
         try:
             self._check_head(scope)
+            self._check_host(scope)
             self._check_key(scope)
             receive = await self._checked_body(scope, receive)
         except ApiError as error:
@@ -58,6 +71,17 @@ class Guard:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size + len(scope["path"]) + len(scope["query_string"]) > HEAD_BYTES:
             raise ApiError(431, f"the headers are larger than {HEAD_BYTES:,} bytes", code="headers_too_large")
+
+    def _check_host(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        told = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(told) != 1 or _hostname(told[0]) not in self._hosts:
+            raise ApiError(
+                403,
+                "the header Host names another machine; --allowed-host lets it be this one's name",
+                code="host_not_allowed",
+            )
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -123,6 +147,14 @@ class Guard:
             code="body_too_large",
             headers={"connection": "close"},
         )
+
+
+def _hostname(header: str) -> str | None:
+    """The name in a Host header, in lower case and without port; of an IPv6 address without brackets."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
 
 
 def _digest(key: str | None) -> bytes | None:
