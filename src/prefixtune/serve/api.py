@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixtune.errors import PrefixTuneError
 from prefixtune.serve.answers import Answer, Piece, Shape, event
-from prefixtune.serve.engine import OverloadedError
 from prefixtune.serve.guard import Guard
+from prefixtune.serve.job import OverloadedError
 from prefixtune.serve.problems import ApiError, encoded, invalid_body
 from prefixtune.serve.running import Asked, Running
 from prefixtune.serve.schema import ChatRequest, CompletionRequest, LoadRequest
