@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from serving import NAME, client_of, live, served_base
@@ -144,6 +145,14 @@ def server(base: Any) -> Any:
 
 
 POST = "POST /v1/completions HTTP/1.1\nhost: x\ncontent-type: application/json\n"
+
+
+def test_client_that_sends_too_much_gets_to_read_why(server: Any) -> None:
+    body = b"x" * 2_000_000  # more than sockets hold: closed too early, the answer would be lost
+    for content in (body, iter([body[:1_000_000], body[1_000_000:]])):
+        response = httpx.post(f"{server.url}/v1/completions", content=content)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
 
 
 def test_chunked_body_is_counted_and_refused_when_it_grows_too_large(server: Any) -> None:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ OPEN = "/healthz"  # answers without a key
 ADMIN = "/admin"
 HEAD_BYTES = 65_536  # names and values of all headers, and the path with its query
 BODY_SECONDS = 30.0  # in which a body must have come
+THROWN_AWAY, THROWN_AWAY_SECONDS = 8_388_608, 5.0  # of a body that is too large, before the answer
 
 
 class Guard:
@@ -116,6 +118,8 @@ class Guard:
         if any(not value.isdigit() for value in told) or len(set(told)) > 1:
             raise ApiError(400, "content-length is no number", code="invalid_header")
         if told and int(told[0][:20]) > self._limit:
+            if not any(name == b"expect" for name, _ in scope["headers"]):
+                await _throw_away(receive)
             raise self._too_large()
         body = bytearray()
         try:
@@ -128,6 +132,7 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self._limit:
+                        await _throw_away(receive)
                         raise self._too_large()
         except TimeoutError:
             raise ApiError(
@@ -155,6 +160,18 @@ def _hostname(header: str) -> str | None:
         return urlsplit(f"//{header}").hostname
     except ValueError:
         return None
+
+
+async def _throw_away(receive: Receive) -> None:
+    """Take the rest of a body, in bounds: a connection that is closed before that loses the answer too."""
+    left = THROWN_AWAY
+    with suppress(TimeoutError):
+        async with asyncio.timeout(THROWN_AWAY_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def _digest(key: str | None) -> bytes | None:
