@@ -88,7 +88,7 @@ def prepare(model: str, folder: Path) -> Known:
     for name in ("human", *STEADY, *SHAKY):
         known.versions[name] = []
         for version in range(1 if name == "human" else VERSIONS):
-            kv = PrefixKV.from_tokens(base, torch.tensor([draw(3 + 5 * version + len(known.versions))]))
+            kv = PrefixKV.from_tokens(base, torch.tensor([draw(4 + 5 * version + len(known.versions))]))
             place = folder / "versions" / f"{name}-{version}"
             prefixed = PrefixModel(base, kv)
             prefixed.record["template"] = "human" if name == "human" else None

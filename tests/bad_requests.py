@@ -1,7 +1,7 @@
 """What clients get wrong: requests and bodies with the answer that each must get. Knows no test.
 
-For a server of the model NAME with a prefix `human` of that template, 128 positions, 8 rows and bodies of
-at most 20,000 bytes.
+For a server of the model NAME with a prefix `human` of 5 tokens and that template, 128 positions, 8 rows, and
+bodies of at most 20,000 bytes.
 """
 
 from __future__ import annotations
