@@ -300,18 +300,18 @@ class Store:
         return {key: info.get(key) for key in ("digest", "length", "template")}
 
     def _read(self, name: str, entry: _Entry) -> Served:
-        served = self._load(name, entry.folder)
+        served = self._load(name, entry.folder, patient=entry.problem is None)
         entry.problem = None
         self._keep(name, entry, served)
         self._tell("loaded", name, "")
         return served
 
-    def _load(self, name: str, folder: Path) -> Served:
-        """Read a folder; one that is just being replaced, file by file, is looked at once more."""
+    def _load(self, name: str, folder: Path, *, patient: bool = True) -> Served:
+        """Read a folder; if `patient`, one that is just being replaced, file by file, is read once more."""
         try:
             return self._load_now(name, folder)
         except StorageError:
-            if not _is_new(folder):
+            if not (patient and _is_new(folder)):
                 raise
         time.sleep(PAUSE)
         return self._load_now(name, folder)
