@@ -328,6 +328,7 @@ def _logged(app: ASGIApp, service: Service) -> ASGIApp:
 
         try:
             await app(scope, receive, watched)
+            note.setdefault("status", CLIENT_GONE)  # before its body had come
         finally:
             _write(service, scope, note, time.monotonic() - start)
 
