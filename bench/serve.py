@@ -18,17 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import httpx
+import psutil
 
 from machine import command, describe_machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
+PEFT, BASE = "PEFT, adapters switched", "base only"
 START_SECONDS = 600  # a .gguf file takes its time on a busy machine
 
 
@@ -50,7 +52,9 @@ class Timed:
     tokens: list[float] = field(default_factory=list)
 
 
-def make_load(*, clients: int, requests: int, rate: float, new_tokens: int, seed: int) -> Load:
+def make_load(
+    *, clients: int, requests: int, rate: float, new_tokens: int, vocabulary: int, seed: int
+) -> Load:
     """Prompts of 8 to 256 tokens, log-normal around 48, as people's messages are."""
     draw, now, arrivals = random.Random(seed), 0.0, []
     for _ in range(requests):
@@ -60,7 +64,7 @@ def make_load(*, clients: int, requests: int, rate: float, new_tokens: int, seed
     return Load(
         arrivals=arrivals,
         clients=[number % clients for number in range(requests)],
-        prompts=[[draw.randrange(1000, 40_000) for _ in range(length)] for length in lengths],
+        prompts=[[draw.randrange(5, vocabulary) for _ in range(length)] for length in lengths],
         new_tokens=new_tokens,
     )
 
@@ -96,21 +100,23 @@ async def ask_server(url: str, load: Load, *, with_prefix: bool) -> list[Timed]:
         return list(await asyncio.gather(*(ask(number) for number in range(len(load.arrivals)))))
 
 
-def start_server(model: str, prefixes: Path, dtype: str, rows: int) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    model: str,
+    prefixes: Path,
+    dtype: str,
+    rows: int,
+    *,
+    name: str = "bench",
+    options: Sequence[str] = (),
+    log: Path = Path(os.devnull),
+) -> tuple[subprocess.Popen[bytes], str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     line = ["-c", "from prefixtune.cli import main; main()", "serve", "--model", model, "--dtype", dtype]
-    line += [
-        "--prefix-dir",
-        str(prefixes),
-        "--served-name",
-        "bench",
-        "--port",
-        str(port),
-        "--rows",
-        str(rows),
-    ]
-    process = subprocess.Popen([sys.executable, *line], stderr=subprocess.DEVNULL, env=dict(os.environ))
+    line += ["--prefix-dir", str(prefixes), "--served-name", name, "--port", str(port), "--rows", str(rows)]
+    line += options
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, *line], stderr=stderr, env=dict(os.environ))
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -140,15 +146,21 @@ class Stamps:
         pass
 
 
-def ask_peft(base: Any, load: Load, *, length: int) -> list[Timed]:
-    """One request after another, in the order of arrival, each with its client's adapter."""
-    import torch
+def peft_model(base: Any, *, clients: int, length: int) -> Any:
+    """One model with an adapter per client."""
     from peft import PrefixTuningConfig, TaskType, get_peft_model
 
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
     model = get_peft_model(base, config, adapter_name="c0").eval()
-    for client in range(1, len(set(load.clients))):
+    for client in range(1, clients):
         model.add_adapter(f"c{client}", config)
+    return model
+
+
+def ask_peft(model: Any, load: Load) -> list[Timed]:
+    """One request after another, in the order of arrival, each with its client's adapter."""
+    import torch
+
     found, start = [], time.perf_counter()
     for arrival, client, prompt in zip(load.arrivals, load.clients, load.prompts, strict=True):
         time.sleep(max(0.0, arrival - (time.perf_counter() - start)))
@@ -177,8 +189,17 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def figures(answers: Sequence[Timed]) -> dict[str, float]:
-    """Tokens per second from first arrival to last token; seconds to the first and to the next token."""
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def figures(answers: Sequence[Timed], *, cpu: float) -> dict[str, float]:
+    """Tokens per second from first arrival to last token; seconds to the first and to the next token.
+
+    Args:
+        cpu: seconds that the process computed for it, which other work on the machine changes little.
+    """
     made = sum(len(answer.tokens) for answer in answers)
     seconds = max(answer.tokens[-1] for answer in answers) - min(answer.arrival for answer in answers)
     first = [answer.tokens[0] - answer.arrival for answer in answers]
@@ -187,6 +208,7 @@ def figures(answers: Sequence[Timed]) -> dict[str, float]:
         "tokens": made,
         "seconds": seconds,
         "tokens_per_second": made / seconds,
+        "cpu_per_token": cpu / made,
         "first_token_p50": percentile(first, 0.5),
         "first_token_p99": percentile(first, 0.99),
         "next_token_p50": percentile(gaps, 0.5),
@@ -201,7 +223,7 @@ def write_prefixes(base: Any, folder: Path, *, clients: int, length: int) -> Non
 
     generator = torch.Generator().manual_seed(0)
     for client in range(clients):
-        ids = torch.randint(1000, 40_000, (1, length), generator=generator)
+        ids = torch.randint(5, base.config.vocab_size, (1, length), generator=generator)
         PrefixModel(base, PrefixKV.from_tokens(base, ids)).save_pretrained(folder / f"c{client}")
 
 
@@ -216,7 +238,7 @@ def write_prefixes(base: Any, folder: Path, *, clients: int, length: int) -> Non
 )
 @click.option("--rate", default=50.0, show_default=True, help="arrivals per second, on average")
 @click.option("--new-tokens", default=32, show_default=True)
-@click.option("--rounds", default=2, show_default=True, help="of the server's two loads, in turns")
+@click.option("--rounds", default=2, show_default=True, help="of the three contestants, in turns")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS)
 def main(
     model: str,
@@ -234,31 +256,38 @@ def main(
 
     from prefixtune.load import load_base
 
-    made = {"clients": clients, "rate": rate, "new_tokens": new_tokens, "seed": 0}
-    load = make_load(requests=requests, **made)
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        base = load_base(model, dtype=dtype)
-        precision = str(base.model.dtype).removeprefix("torch.")
-        write_prefixes(base.model, Path(folder), clients=clients, length=length)
-        few = make_load(requests=peft_requests, **made)
-        runs["PEFT, adapters switched"] = [figures(ask_peft(base.model, few, length=length))]
-        del base
+        base = load_base(model, dtype=dtype).model
+        made = {"clients": clients, "rate": rate, "new_tokens": new_tokens, "seed": 0}
+        made["vocabulary"] = base.config.vocab_size
+        load, few = (make_load(requests=count, **made) for count in (requests, peft_requests))
+        precision = str(base.dtype).removeprefix("torch.")
+        write_prefixes(base, Path(folder), clients=clients, length=length)
+        peft = peft_model(base, clients=clients, length=length)
         process, url = start_server(model, Path(folder), precision, clients)
+        own, servers = psutil.Process(), psutil.Process(process.pid)
+        contestants: dict[str, tuple[psutil.Process, Callable[[], list[Timed]]]] = {
+            PEFT: (own, lambda: ask_peft(peft, few)),
+            BASE: (servers, lambda: asyncio.run(ask_server(url, load, with_prefix=False))),
+            f"{clients} prefixes": (servers, lambda: asyncio.run(ask_server(url, load, with_prefix=True))),
+        }
         try:
             warm = make_load(requests=clients, **made | {"new_tokens": 4})
             asyncio.run(ask_server(url, warm, with_prefix=True))
             for _ in range(rounds):
-                for name, with_prefix in (("base only", False), ("32 prefixes", True)):
-                    name = name.replace("32", str(clients))
-                    found = figures(asyncio.run(ask_server(url, load, with_prefix=with_prefix)))
+                for name, (computes, ask) in contestants.items():
+                    before = cpu_seconds(computes)
+                    answers = ask()
+                    found = figures(answers, cpu=cpu_seconds(computes) - before)
                     runs.setdefault(name, []).append(found)
         finally:
             process.terminate()
             process.wait(60)
     best = {name: max(found, key=lambda run: run["tokens_per_second"]) for name, found in runs.items()}
     rates = {name: run["tokens_per_second"] for name, run in best.items()}
-    ours = rates[f"{clients} prefixes"]
+    computed = {name: min(run["cpu_per_token"] for run in found) for name, found in runs.items()}
+    ours, our_cpu = rates[f"{clients} prefixes"], computed[f"{clients} prefixes"]
     report = {
         "command": command(),
         "machine": describe_machine(),
@@ -268,18 +297,23 @@ def main(
         "versions": versions(),
         "settings": {**made, "model": model, "length": length, "requests": requests},
         "runs": runs,
-        "times_peft": ours / rates["PEFT, adapters switched"],
-        "of_base_only": ours / rates["base only"],
+        "times_peft": ours / rates[PEFT],
+        "of_base_only": ours / rates[BASE],
+        "times_peft_by_cpu": computed[PEFT] / our_cpu,
+        "of_base_only_by_cpu": computed[BASE] / our_cpu,
     }
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    head = ("", "tok/s", "first token p50", "p99", "next token p50", "p99")
+    head = ("", "tok/s", "CPU per token", "first token p50", "p99", "next token p50", "p99")
     click.echo("".join(f"{cell:>26}" if place == 0 else f"{cell:>17}" for place, cell in enumerate(head)))
     for name, run in best.items():
         keys = ("first_token_p50", "first_token_p99", "next_token_p50", "next_token_p99")
-        cells = [f"{run['tokens_per_second']:.1f}", *(f"{run[key]:.3f} s" for key in keys)]
+        cells = [f"{run['tokens_per_second']:.1f}", f"{1000 * computed[name]:.1f} ms"]
+        cells += (f"{run[key]:.3f} s" for key in keys)
         click.echo(f"{name:>26}" + "".join(f"{cell:>17}" for cell in cells))
     click.echo(f"\n{report['times_peft']:.1f} times PEFT, {report['of_base_only']:.2f} of base only")
+    by_cpu = (report["times_peft_by_cpu"], report["of_base_only_by_cpu"])
+    click.echo("by CPU time per token: {:.1f} and {:.2f}".format(*by_cpu))
 
 
 if __name__ == "__main__":

@@ -59,12 +59,25 @@ def process(place: Path, *options: Any) -> Iterator[Any]:
 
 def test_server_answers_and_finishes_what_runs_when_it_is_told_to_end(place: Path) -> None:
     options = ["--prefix", f"own={place / 'other'}", "--prefix-dir", place / "prefixes"]
-    with process(place, *options, "--cached-tokens", 10**7, "--max-tokens", 10**5, "--drain", 1) as (
+    with process(
+        place,
+        *options,
+        "--cached-tokens",
+        10**7,
+        "--max-tokens",
+        10**5,
+        "--drain",
+        1,
+        "--allowed-host",
+        "proxy.example",
+    ) as (
         running,
         client,
     ):
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert names == ["little", "little:mail", "little:own"]
+        assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+        assert client.get("/v1/models", headers={"host": "proxy.example"}).status_code == 200
         body = {"model": "little:mail", "prompt": "x", "temperature": 0, "stream": True}
         with client.stream("POST", "/v1/completions", json=body | {"max_tokens": 90_000}) as response:
             lines = response.iter_lines()
@@ -95,6 +108,8 @@ def fail(*args: Any, code: int) -> str:
         (["--prefix", "a={place}/nothing"], 1, "no prefix folder"),
         (["--prefix-dir", "{place}/nothing"], 2, "does not exist"),
         (["--api-key", " "], 2, "--api-key"),
+        (["--api-key", ""], 2, "--api-key"),
+        (["--admin-key", "key\n"], 2, "spaces at its ends"),
         (["--port", "70000"], 2, "port"),
         (["--rows", "0"], 2, "rows"),
         (["--host", "256.1.1.1"], 2, "cannot be listened on"),
@@ -103,6 +118,21 @@ def fail(*args: Any, code: int) -> str:
 def test_wrong_option_is_told(place: Path, options: Sequence[str], code: int, said: str) -> None:
     filled = [option.format(place=place) for option in options]
     assert said in fail("--model", place / "little", *filled, code=code)
+
+
+@pytest.mark.parametrize("variable", ["PREFIXTUNE_API_KEY", "PREFIXTUNE_ADMIN_KEY"])
+def test_empty_key_in_the_environment_is_no_open_door(
+    place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    assert f"{variable}: expected a key" in fail("--model", place / "little", code=2)
+
+
+def test_port_that_is_taken_is_told(place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = fail("--model", place / "little", "--port", port, code=2)
+    assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
 
 
 def test_missing_package_is_told_with_its_install_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from prefixtune import PrefixKV
-from prefixtune.serve.engine import Engine, Job, OverloadedError, Step
+from prefixtune.serve.engine import Engine
+from prefixtune.serve.job import Job, OverloadedError, Step
+from prefixtune.serve.layout import lay_out
 from prefixtune.serve.sampling import Chooser, Sampling
 from prefixtune.serve.selftest import batch_error, check_batches
 from serving import alone, random_ids, served_base
@@ -276,6 +278,53 @@ def test_long_prompt_holds_up_neither_answers_nor_a_short_prompt_behind_it(base:
     assert order.index("short") < order.index("long")
     assert order[: order.index("long")].count("runs") >= 10  # 100 tokens in pieces of 8, a token between two
     made.close(0)
+
+
+def test_prompts_of_about_one_length_are_read_in_one_pass(base: Any) -> None:
+    made, passes = Engine(base, rows=8, chunk=64), list[int]()
+    own = made._run
+    made._run = lambda rows, ids, *counts: passes.append(len(ids)) or own(rows, ids, *counts)
+    asked = [(prefix_of(base, 3 + i, i) if i % 2 else None, random_ids(9 + i, i)) for i in range(4)]
+    heard = [Heard() for _ in asked]
+    made.submit(*(job_of(h, ids, kv) for h, (kv, ids) in zip(heard, asked, strict=True)))
+    made.start()
+    for found, (kv, ids) in zip(heard, asked, strict=True):
+        assert found.done.wait(20)
+        assert found.tokens[0] == alone(base, kv, ids, 8)
+    assert passes == [4] * 8  # the prompts, and seven tokens more of each row
+    made.close(0)
+
+
+def test_prompts_whose_common_pass_fails_are_read_one_by_one(base: Any) -> None:
+    made = Engine(base, rows=8, chunk=64)
+    own = made._run
+
+    def fail_together(rows: Any, ids: Any, *counts: Any) -> Any:
+        if ids.shape[1] > 1 and len(ids) > 1:
+            raise RuntimeError("out of memory")
+        return own(rows, ids, *counts)
+
+    made._run = fail_together
+    heard = [Heard() for _ in range(3)]
+    made.submit(*(job_of(h, random_ids(9, i)) for i, h in enumerate(heard)))
+    made.start()
+    for i, found in enumerate(heard):
+        assert found.done.wait(20)
+        assert found.tokens[0] == alone(base, None, random_ids(9, i), 8)
+    made.close(0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_layout_changes_neither_weights_nor_answers(family: str) -> None:
+    base, other = served_base(family), served_base(family)
+    other.load_state_dict(base.state_dict())
+    lay_out(other)
+    for name, weight in base.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name])
+    ids = torch.tensor([random_ids(9, 1)])
+    assert torch.allclose(base(ids).logits, other(ids).logits, atol=1e-5)
+    kept = other.get_input_embeddings().weight
+    assert kept.is_contiguous()
 
 
 def test_memory_is_bounded_by_waiting_and_goes_back(base: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from serving import NAME, client_of, live, served_base
@@ -146,6 +147,14 @@ def server(base: Any) -> Any:
 POST = "POST /v1/completions HTTP/1.1\nhost: x\ncontent-type: application/json\n"
 
 
+def test_client_that_sends_too_much_gets_to_read_why(server: Any) -> None:
+    body = b"x" * 2_000_000  # more than sockets hold: closed too early, the answer would be lost
+    for content in (body, iter([body[:1_000_000], body[1_000_000:]])):
+        response = httpx.post(f"{server.url}/v1/completions", content=content)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+
+
 def test_chunked_body_is_counted_and_refused_when_it_grows_too_large(server: Any) -> None:
     chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
     answer = exchange(server.url, POST + "transfer-encoding: chunked", *[chunk] * 50)
@@ -213,3 +222,36 @@ def test_keys_are_in_no_log_and_no_answer(client: Any, tmp_path: Path) -> None:
     client.get("/v1/models", headers=bearer(KEY))
     client.get("/v1/models", headers=bearer("wrong"))
     assert not [line for line in client.lines() if KEY in str(line) or "wrong" in str(line)]
+
+
+@pytest.fixture(scope="module")
+def local(base: Any) -> Any:
+    with client_of(base, keys={"hosts": ("127.0.0.1", "localhost", "::1", "Proxy.Example")}) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8000", "LocalHost:1", "[::1]:8000", "[::1]", "proxy.example", "::1"]
+)
+def test_own_names_are_taken_with_any_port(local: Any, host: str) -> None:
+    expected = 403 if host == "::1" else 200  # an address with colons stands in brackets
+    assert local.get("/v1/models", headers={"host": host}).status_code == expected
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"),
+        *("127.0.0.2", "[::2]", "[::1", "", ":8000", "localhost@evil.example", "evil.example/localhost"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/models", "/metrics", "/nowhere"])
+def test_foreign_host_is_refused_on_every_route(local: Any, host: str, path: str) -> None:
+    response = local.get(path, headers={"host": host, "x-forwarded-host": "localhost"})
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_two_hosts_are_refused(local: Any) -> None:
+    headers = [("host", "localhost"), ("host", "evil.example")]
+    assert local.get("/v1/models", headers=headers).status_code == 403

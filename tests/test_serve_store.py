@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,29 @@ def test_folder_that_holds_no_prefix_is_refused(base: Any, folder: Path, place: 
 def test_server_without_a_prefix_folder_loads_none(base: Any) -> None:
     with pytest.raises(ConfigError, match="--prefix-dir"):
         store_of(base, None).add_within("a", "a")
+
+
+def test_folder_that_is_read_while_it_is_being_replaced_is_not_refused(base: Any, folder: Path) -> None:
+    store = store_of(base, folder)
+    write_prefix(base, folder / "new", length=9, seed=9)
+    os.replace(folder / "new" / "prefix.safetensors", folder / "a" / "prefix.safetensors")
+    end = threading.Timer(
+        0.02, lambda: os.replace(folder / "new" / "prefix.json", folder / "a" / "prefix.json")
+    )
+    end.start()
+    assert store.get("a").kv.length == 9
+    end.join()
+
+
+def test_prefix_in_memory_outlives_what_is_written_into_its_file(base: Any, folder: Path) -> None:
+    served = store_of(base, folder).get("a")
+    before = [layer.key.clone() for layer in served.kv.layers]
+    path = folder / "a" / "prefix.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))  # into the same file, not over its name
+    for layer, key in zip(served.kv.layers, before, strict=True):
+        assert torch.equal(layer.key, key)
+    path.write_bytes(b"")  # of a mapped file nothing could be read any more, not even an error
+    assert all(torch.equal(layer.key, key) for layer, key in zip(served.kv.layers, before, strict=True))
 
 
 def test_two_thousand_prefixes_on_disk_start_in_three_seconds_without_reading_tensors(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from prefixtune.config import PrefixConfig, chosen_layers
@@ -258,14 +258,17 @@ def _exchange(draft: Path, target: Path) -> None:
 def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise StorageError(f"{path}: missing", hint="the folder is incomplete; restore or retrain it")
-    found = _sha256(path)
+    # the bytes that were checked are those that are used: tensors mapped from the file would change with it,
+    # and a file that is cut off while it is mapped ends the process
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise StorageError(
             f"{path}: the checksum is {found[:12]}…, expected {expected[:12]}…",
             hint="the file is damaged or was replaced; restore or retrain it",
         )
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load(data)
     except (SafetensorError, ValueError, OSError) as error:
         raise StorageError(f"{path}: not a safetensors file ({error})") from None
     return tensors

@@ -6,6 +6,9 @@ rows that stand as a left-padded batch does, in which it is exact on every archi
     column   0 .. start ................ end .. capacity
              [     | masked | prefix; text ) room      ]     a row ends at `end`, and is contiguous
 
+Prompts of unequal length are read in one pass, in columns that end with each row's text: what a row holds
+moves right until it touches its own new tokens, and the columns before these are computed for nothing.
+
 Nothing is forgotten: on sliding layers the mask hides what has left the window. Axes: B batch, H kv heads,
 P prefix, T new tokens, W columns in use, D head dim, V vocabulary.
 """
@@ -13,7 +16,7 @@ P prefix, T new tokens, W columns in use, D head dim, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +40,8 @@ class Rows(Cache):  # type: ignore[misc]
     Args:
         geometry: the base's cache.
         dtype: of the base's activations.
-        prefix: makes one row that begins with it; no row unless `filled`.
-        filled: makes one row without a prefix.
+        prefixes: makes a row that begins with each; None makes one without a prefix.
+        room: columns for the tokens that these rows will read.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class Rows(Cache):  # type: ignore[misc]
         *,
         dtype: torch.dtype,
         device: torch.device,
-        prefix: PrefixKV | None = None,
-        filled: bool = False,
+        prefixes: Sequence[PrefixKV | None] = (),
+        room: int = ROOM,
     ) -> None:
         self.layers: list[Any] = []
         self.layer_class_to_replicate = None
@@ -56,16 +59,22 @@ class Rows(Cache):  # type: ignore[misc]
         self.geometry, self.dtype, self.device = geometry, dtype, device
         self.lengths: list[int] = []
         self.start = self.end = self.rows_capacity = self.columns = 0
-        self.new = 0  # tokens of the pass that runs
+        self.new, self.counts = 0, list[int]()  # tokens of the pass that runs: columns, and of each row
         self.hits = 0
         self.sides: list[tuple[Tensor, Tensor]] = []
-        if prefix is not None or filled:
-            length = prefix.length if prefix is not None else 0
-            self._make(rows=1, columns=length + ROOM, start=0)
-            self.lengths, self.end = [length], length
+        if not prefixes:
+            return
+        self.lengths = [prefix.length if prefix is not None else 0 for prefix in prefixes]
+        self.end = max(self.lengths)
+        self._make(rows=len(prefixes), columns=self.end + room, start=0)
+        for row, prefix in enumerate(prefixes):
             for (key, value), layer in zip(self.sides, prefix.layers if prefix else (), strict=False):
-                key[0, :, :length] = layer.key
-                value[0, :, :length] = layer.value
+                key[row, :, self.end - self.lengths[row] : self.end] = layer.key
+                value[row, :, self.end - self.lengths[row] : self.end] = layer.value
+
+    def fresh(self, prefixes: Sequence[PrefixKV | None] = (), *, room: int = ROOM) -> Rows:
+        """Other rows of the same base."""
+        return Rows(self.geometry, dtype=self.dtype, device=self.device, prefixes=prefixes, room=room)
 
     # --- what transformers asks of a cache
 
@@ -100,16 +109,20 @@ class Rows(Cache):  # type: ignore[misc]
         self.hits += 1
         count, stop = len(self.lengths), self.end + self.new
         keys, values = self.sides[layer_idx]
-        keys[:count, :, self.end : stop] = key
-        values[:count, :, self.end : stop] = value
+        if self.is_even:
+            keys[:count, :, self.end : stop] = key
+            values[:count, :, self.end : stop] = value
+        else:  # what stands before a shorter row's tokens is its own past
+            for row, new in enumerate(self.counts):
+                keys[row, :, stop - new : stop] = key[row, :, self.new - new :]
+                values[row, :, stop - new : stop] = value[row, :, self.new - new :]
         return keys[:count, :, self.start : stop], values[:count, :, self.start : stop]
 
     # --- rows come and go
 
-    def join(self, other: Rows) -> None:
-        """Add the one row of `other` as the last; it shares no memory with it."""
-        (length,) = other.lengths
-        count = len(self.lengths)
+    def join(self, other: Rows, row: int = 0) -> None:
+        """Add a row of `other` as the last; it shares no memory with it."""
+        length, count = other.lengths[row], len(self.lengths)
         self._reserve(rows=count + 1, before=max(0, length - self.width), after=1)
         if count == 0:
             self.start = self.end
@@ -119,7 +132,9 @@ class Rows(Cache):  # type: ignore[misc]
                 # masked columns count 0 times what is in them, which must be a number for that
                 target[:count, :, first : self.start] = 0
                 target[count, :, first : self.end - length] = 0
-                target[count, :, self.end - length : self.end] = source[0, :, other.start : other.end]
+                target[count, :, self.end - length : self.end] = source[
+                    row, :, other.end - length : other.end
+                ]
         self.start = first
         self.lengths.append(length)
 
@@ -136,27 +151,44 @@ class Rows(Cache):  # type: ignore[misc]
         if not self.lengths:  # memory goes back, and with it what may have been no number
             self.sides, self.rows_capacity, self.columns, self.start, self.end = [], 0, 0, 0, 0
 
-    def prepare(self, tokens: int) -> None:
-        """Room for a pass over so many tokens per row."""
-        self._reserve(rows=len(self.lengths), before=0, after=tokens)
-        self.new, self.hits = tokens, 0
+    @property
+    def is_even(self) -> bool:
+        """Whether each row of the pass has as many tokens as there are columns."""
+        return min(self.counts) == self.new
+
+    def prepare(self, counts: Sequence[int]) -> None:
+        """Room for a pass over so many tokens of each row."""
+        self.counts, self.new, self.hits = list(counts), max(counts), 0
+        self._reserve(rows=len(self.lengths), before=0, after=self.new)
+        for row, count in enumerate(self.counts):
+            shift, first = self.new - count, self.end - self.lengths[row]
+            if shift and self.lengths[row]:
+                for side in self.sides:
+                    for tensor in side:
+                        tensor[row, :, first + shift : self.end + shift] = tensor[
+                            row, :, first : self.end
+                        ].clone()
 
     def finish(self) -> None:
         """The pass is over: its tokens belong to the rows."""
         self.end += self.new
-        self.lengths = [length + self.new for length in self.lengths]
-        self.new = 0
+        self.lengths = [length + count for length, count in zip(self.lengths, self.counts, strict=True)]
+        self.new, self.counts = 0, []
+        self.start = self.end - max(self.lengths)
 
     def mask(self) -> Tensor:
         """[B, W+T]: 1 where a row has a token, the pass's own included."""
-        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
+        lengths = torch.tensor(self.lengths, device=self.device) + torch.tensor(
+            self.counts, device=self.device
+        )
         columns = torch.arange(self.width + self.new, device=self.device)
-        return (columns >= self.width - lengths).long()
+        return (columns >= self.width + self.new - lengths[:, None]).long()
 
     def positions(self) -> Tensor:
-        """[B, T]: of the pass's own tokens, prefix and text counted together."""
-        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
-        return lengths + torch.arange(self.new, device=self.device)
+        """[B, T]: of the pass's own tokens, prefix and text counted together; before a row's first one, 0."""
+        before = [length + count - self.new for length, count in zip(self.lengths, self.counts, strict=True)]
+        columns = torch.arange(self.new, device=self.device)
+        return (torch.tensor(before, device=self.device)[:, None] + columns).clamp_min(0)
 
     def _reserve(self, *, rows: int, before: int, after: int) -> None:
         if rows <= self.rows_capacity and before <= self.start and self.end + after <= self.columns:
@@ -181,8 +213,10 @@ class Rows(Cache):  # type: ignore[misc]
         ]
 
 
-def row_runner(base: nn.Module) -> Callable[[Rows, Tensor], Tensor]:
+def row_runner(base: nn.Module) -> Callable[..., Tensor]:
     """A function that runs [B, T] ids behind `Rows`, which hold them afterwards; logits [B, V] of the last.
+
+    With `counts` only so many ids of each row are its own, the last ones; what stands before them is any id.
 
     Raises:
         UnsupportedModelError: the base cannot carry a prefix exactly.
@@ -195,8 +229,8 @@ def row_runner(base: nn.Module) -> Callable[[Rows, Tensor], Tensor]:
     counts_mask = geometry.positions_from_mask or "position_ids" not in parameters
 
     @torch.no_grad()
-    def run(rows: Rows, ids: Tensor) -> Tensor:
-        rows.prepare(ids.shape[1])
+    def run(rows: Rows, ids: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        rows.prepare(counts or [ids.shape[1]] * len(ids))
         options = {} if counts_mask else {"position_ids": rows.positions()}
         logits: Tensor = base(
             input_ids=ids, attention_mask=rows.mask(), past_key_values=rows, **options, **fixed
@@ -211,10 +245,9 @@ def row_runner(base: nn.Module) -> Callable[[Rows, Tensor], Tensor]:
     return run
 
 
-def empty_rows(base: nn.Module, prefix: PrefixKV | None = None, *, filled: bool = False) -> Rows:
-    """Rows for `base`; see `Rows`."""
-    device = next(base.parameters()).device
-    return Rows(supported(base), dtype=compute_dtype(base), device=device, prefix=prefix, filled=filled)
+def empty_rows(base: nn.Module) -> Rows:
+    """No rows yet, for `base`."""
+    return Rows(supported(base), dtype=compute_dtype(base), device=next(base.parameters()).device)
 
 
 def most_positions(base: nn.Module) -> int | None:

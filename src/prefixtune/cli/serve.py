@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @click.option(
     "--cors", multiple=True, metavar="ORIGIN", help="let pages of this origin call the server; repeatable"
 )
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="take requests to this name, as the header Host tells it; repeatable. On a loopback address only "
+    "its own names are taken by default, on others any name is",
+)
 @config_options("serve")
 def serve(
     model: str,
@@ -65,6 +75,7 @@ def serve(
     api_key: str | None,
     admin_key: str | None,
     cors: Sequence[str],
+    allowed_hosts: Sequence[str],
     serve_options: dict[str, Any],
 ) -> None:
     """Serve a base model with many prefixes, in one batch, to OpenAI's clients.
@@ -82,8 +93,7 @@ def serve(
     config = ServeConfig(**serve_options)
     prefixes = _named(named)
     for option, key in (("--api-key", api_key), ("--admin-key", admin_key)):
-        if key is not None and not key.strip():
-            raise ConfigError(f"{option}: expected a key; got an empty text")
+        _check_key(option, key)
 
     from prefixtune.cli.engine import load
     from prefixtune.serve.api import build_app
@@ -95,11 +105,29 @@ def serve(
     service = Service(
         loaded.base, loaded.tokenizer, name=name, config=config, prefixes=prefixes, prefix_dir=prefix_dir
     )
-    app = build_app(service, api_key=api_key, admin_key=admin_key, cors=cors)
-    if config.host not in LOOPBACK and api_key is None:
+    is_local = _is_loopback(config.host)
+    hosts = (*LOOPBACK, config.host, *allowed_hosts) if is_local or allowed_hosts else None
+    app = build_app(service, api_key=api_key, admin_key=admin_key, cors=cors, hosts=hosts)
+    if not is_local and api_key is None:
         say(f"{config.host} is open to other machines, and no --api-key is asked for")
     count = len(service.store.names())
     run(service, app, on_ready=lambda address: say(f"{name} with {count} prefixes: {address}"))
+
+
+def _check_key(option: str, key: str | None) -> None:
+    """Refuse a key that would open nothing, or that leaves the server open without a word."""
+    variable = f"PREFIXTUNE_{option.strip('-').replace('-', '_').upper()}"
+    if key is None and variable in os.environ:  # click takes an empty variable for none
+        raise ConfigError(f"{variable}: expected a key; got an empty text", hint="unset it to ask for no key")
+    if key is not None and (not key or key != key.strip()):
+        raise ConfigError(f"{option}: expected a key; got one that is empty or has spaces at its ends")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _named(pairs: Sequence[str]) -> dict[str, Path]:

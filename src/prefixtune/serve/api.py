@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixtune.errors import PrefixTuneError
 from prefixtune.serve.answers import Answer, Piece, Shape, event
-from prefixtune.serve.engine import OverloadedError
 from prefixtune.serve.guard import Guard
+from prefixtune.serve.job import OverloadedError
 from prefixtune.serve.problems import ApiError, encoded, invalid_body
 from prefixtune.serve.running import Asked, Running
 from prefixtune.serve.schema import ChatRequest, CompletionRequest, LoadRequest
@@ -48,6 +48,7 @@ def build_app(
     api_key: str | None = None,
     admin_key: str | None = None,
     cors: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> ASGIApp:
     """The application of a service. Starting and stopping it starts and stops the engine.
 
@@ -55,6 +56,7 @@ def build_app(
         api_key: asked for by every route but /healthz; None asks for none.
         admin_key: opens the routes under /admin, which are closed without one.
         cors: origins whose pages may call the server; none unless given.
+        hosts: names that the header Host may have; None takes any.
     """
 
     @asynccontextmanager
@@ -71,7 +73,9 @@ def build_app(
     _add_openai(app, service)
     _add_admin(app, service)
     _add_operations(app, service)
-    guarded: ASGIApp = Guard(app, api_key=api_key, admin_key=admin_key, body_limit=service.config.body_limit)
+    guarded: ASGIApp = Guard(
+        app, api_key=api_key, admin_key=admin_key, body_limit=service.config.body_limit, hosts=hosts
+    )
     if cors:
         guarded = CORSMiddleware(
             guarded, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -324,6 +328,7 @@ def _logged(app: ASGIApp, service: Service) -> ASGIApp:
 
         try:
             await app(scope, receive, watched)
+            note.setdefault("status", CLIENT_GONE)  # before its body had come
         finally:
             _write(service, scope, note, time.monotonic() - start)
 

@@ -1,107 +1,43 @@
 """Schedules rows of token ids: one batch of different prefixes and none. Knows no text, no HTTP, no disk.
 
-A thread owns the model. Between two passes of the batch rows join and leave, and waiting prompts are read in
-pieces, each in its turn, so that a long one holds up neither the rows that answer nor a short one behind it.
+A thread owns the model. Between two passes of the batch rows join and leave, and waiting prompts are read:
+those of about one length together, a long one in pieces, each in its turn, so that it holds up neither the
+rows that answer nor a short one behind it.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prefixtune.attachment import Rows, empty_rows, row_runner
-from prefixtune.errors import PrefixTuneError
 from prefixtune.geometry import quiet_eval
-from prefixtune.prefix import PrefixKV
-from prefixtune.serve.sampling import Choice, Chooser, Sampling, choose
+from prefixtune.serve.job import Job, OverloadedError, Step
+from prefixtune.serve.sampling import Choice, Chooser, choose
 
-__all__ = ["Engine", "Job", "OverloadedError", "Step"]
+__all__ = ["Engine"]
 
-NORMAL, LENGTH, CUT = (
-    "stop",
-    "length",
-    "cut",
-)  # how an answer ended: its end token, its limit, by its listener
-
-
-class OverloadedError(PrefixTuneError):
-    """The queue is full, or nothing new is taken; `retry_after` is in seconds."""
-
-    def __init__(self, message: str, *, retry_after: int, closing: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after, self.closing = retry_after, closing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What happened to one answer of a job: a token, or its end, or, to the whole job, a failure.
-
-    Attributes:
-        answer: which of the job's answers, from 0.
-        choice: the new token; never an end token.
-        ended: "stop" or "length", or None while it goes on.
-        failure: why there will be no more: "timeout", "shutdown", "broken" (the model failed).
-    """
-
-    answer: int = 0
-    choice: Choice | None = None
-    ended: str | None = None
-    failure: str | None = None
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """One request: a prompt behind a prefix, and as many answers as there are samplings.
-
-    Attributes:
-        ids: the prompt; not empty.
-        prefix: in the engine's precision; None for the bare base.
-        ends: tokens that end an answer.
-        deadline: by time.monotonic().
-        listener: called from the engine's thread with each step; True ends that answer (a stop string). It
-            must not block.
-    """
-
-    ids: Sequence[int]
-    prefix: PrefixKV | None
-    samplings: Sequence[Sampling]
-    max_tokens: int
-    ends: frozenset[int]
-    deadline: float
-    listener: Callable[[Step], bool]
-    cancelled: bool = False
-    over: bool = False
-    arrived: float = field(default_factory=time.monotonic)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row that this can become."""
-        return (self.prefix.length if self.prefix else 0) + len(self.ids) + self.max_tokens
-
-    def tell(self, step: Step) -> bool:
-        """Whether the answer is over for its listener; one that fails loses its job, not the engine."""
-        try:
-            return self.listener(step)
-        except Exception:  # of whatever stands behind the engine; told on stderr, without the prompt
-            logging.getLogger(__name__).exception("a listener failed, and its job is dropped")
-            self.cancelled = True
-            return True
+NORMAL, LENGTH, CUT = "stop", "length", "cut"  # an answer's end: its end token, its limit, by its listener
+PASS_TOKENS = 32  # a pass costs about as much as so many tokens, whatever is in it; see bench/LOG.md
 
 
 @dataclass(eq=False)
 class _Reading:
-    """A job whose prompt is being read."""
+    """A job whose prompt is being read; `rows` holds what was read of it in pieces."""
 
     job: Job
-    rows: Rows
+    rows: Rows | None = None
     read: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.job.ids) - self.read
 
 
 @dataclass(eq=False)
@@ -259,10 +195,7 @@ class Engine:
                 if job is None or not self._has_room(job):
                     return
                 self._waiting.popleft()
-            try:
-                self._reading.append(_Reading(job, empty_rows(self._base, job.prefix, filled=True)))
-            except Exception as error:  # no memory for its prefix
-                self._fail(job, "broken", error)
+            self._reading.append(_Reading(job))
 
     def _has_room(self, job: Job) -> bool:
         jobs = {id(row.job): row.job for row in self._batch}
@@ -274,31 +207,76 @@ class Engine:
         return rows <= self.rows and rows * longest <= self.cached_tokens
 
     def _read_prompts(self) -> None:
-        """At most `chunk` tokens; with no row that waits for its next token, of one prompt each time."""
+        """At most `chunk` tokens, padding included: whole prompts together, or a piece of one."""
         budget = self._chunk
         while self._reading and budget > 0:
-            reading = self._reading.popleft()
-            ids = reading.job.ids[reading.read : reading.read + budget]
-            try:
-                logits = self._run(reading.rows, torch.tensor([ids], device=self._device))
-            except Exception as error:
-                self._fail(reading.job, "broken", error)
-                continue
-            reading.read += len(ids)
-            budget -= len(ids)
-            if reading.read < len(reading.job.ids):
-                self._reading.append(reading)  # the others come first
+            group = self._next_group(budget)
+            if group:
+                budget -= len(group) * max(one.left for one in group)
+                self._read_whole(group)
             else:
-                self._begin(reading, logits)
+                budget -= self._read_piece(self._reading.popleft(), budget)
 
-    def _begin(self, reading: _Reading, logits: torch.Tensor) -> None:
+    def _next_group(self, budget: int) -> list[_Reading]:
+        """Takes the first prompt out, and those of about its length; none if it must be read in pieces."""
+        first = self._reading[0]
+        if first.rows is not None or first.left > budget:
+            return []
+        group = [first]
+        others = [one for one in self._reading if one.rows is None and one is not first]
+        for other in sorted(others, key=lambda one: abs(one.left - first.left)):
+            columns = max(one.left for one in (*group, other)) * (len(group) + 1)
+            padding = columns - sum(one.left for one in (*group, other))
+            if columns > budget or padding > PASS_TOKENS * len(group):
+                break
+            group.append(other)
+        taken = {id(one) for one in group}
+        self._reading = deque(one for one in self._reading if id(one) not in taken)
+        return group
+
+    def _read_whole(self, group: list[_Reading]) -> None:
+        """Prompts in one pass, right-aligned; if it fails, each on its own."""
+        counts = [one.left for one in group]
+        longest = max(counts)
+        ids = [[*one.job.ids[:1]] * (longest - one.left) + [*one.job.ids] for one in group]
+        try:
+            rows = self._cache.fresh([one.job.prefix for one in group], room=longest)
+            logits = self._run(rows, torch.tensor(ids, device=self._device), counts)
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0].job, "broken", error)
+                return
+            for one in group:
+                self._read_whole([one])
+            return
+        for row, one in enumerate(group):
+            self._begin(one.job, rows, row, logits[row : row + 1])
+
+    def _read_piece(self, reading: _Reading, budget: int) -> int:
+        """The next tokens of a prompt, the others then coming first; how many."""
+        ids = reading.job.ids[reading.read : reading.read + budget]
+        try:
+            if reading.rows is None:
+                reading.rows = self._cache.fresh([reading.job.prefix], room=len(reading.job.ids))
+            logits = self._run(reading.rows, torch.tensor([ids], device=self._device))
+        except Exception as error:
+            self._fail(reading.job, "broken", error)
+            return len(ids)
+        reading.read += len(ids)
+        if reading.left:
+            self._reading.append(reading)
+        else:
+            self._begin(reading.job, reading.rows, 0, logits)
+        return len(ids)
+
+    def _begin(self, job: Job, rows: Rows, index: int, logits: torch.Tensor) -> None:
         """The prompt is read: its answers join the batch, each from the same logits [1, V]."""
-        for answer, sampling in enumerate(reading.job.samplings):
+        for answer, sampling in enumerate(job.samplings):
             chooser = Chooser(sampling)
             choice = choose(logits, [chooser])[0]
-            row = _Row(reading.job, answer, chooser, choice.token if choice else 0)
+            row = _Row(job, answer, chooser, choice.token if choice else 0)
             if self._goes_on(row, choice):
-                self._cache.join(reading.rows)
+                self._cache.join(rows, index)
                 self._batch.append(row)
 
     def _decode(self) -> None:
@@ -361,7 +339,7 @@ class Engine:
     def _drop_batch(self, error: Exception) -> None:
         for row in self._batch:
             self._fail(row.job, "broken", error)
-        self._batch, self._cache = [], empty_rows(self._base)
+        self._batch, self._cache = [], self._cache.fresh()
 
     def _give_up(self, error: Exception) -> None:
         """End all that runs or waits."""

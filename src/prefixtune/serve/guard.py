@@ -1,4 +1,4 @@
-"""What every connection meets before any route: the key, and the size of its body. Knows no route but one."""
+"""What every connection meets before any route: host, key, size of its body. Knows no route but one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import base64
 import binascii
 import hmac
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +22,7 @@ OPEN = "/healthz"  # answers without a key
 ADMIN = "/admin"
 HEAD_BYTES = 65_536  # names and values of all headers, and the path with its query
 BODY_SECONDS = 30.0  # in which a body must have come
+THROWN_AWAY, THROWN_AWAY_SECONDS = 8_388_608, 5.0  # of a body that is too large, before the answer
 
 
 class Guard:
@@ -30,10 +33,21 @@ class Guard:
             authentication, which browsers know. None asks for none.
         admin_key: asked for by the routes under /admin, which None closes.
         body_limit: bytes; a longer body is refused, whether its length is told beforehand or not.
+        hosts: names that a request may address the server by; None takes any. Without them a page whose own
+            name is made to point here (DNS rebinding) could read the answers.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, admin_key: str | None, body_limit: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        admin_key: str | None,
+        body_limit: int,
+        hosts: Sequence[str] | None = None,
+    ) -> None:
         self._app, self._limit = app, body_limit
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._api, self._admin = _digest(api_key), _digest(admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +59,7 @@ class Guard:
             return
         try:
             self._check_head(scope)
+            self._check_host(scope)
             self._check_key(scope)
             receive = await self._checked_body(scope, receive)
         except ApiError as error:
@@ -58,6 +73,17 @@ class Guard:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size + len(scope["path"]) + len(scope["query_string"]) > HEAD_BYTES:
             raise ApiError(431, f"the headers are larger than {HEAD_BYTES:,} bytes", code="headers_too_large")
+
+    def _check_host(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        told = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(told) != 1 or _hostname(told[0]) not in self._hosts:
+            raise ApiError(
+                403,
+                "the header Host names another machine; --allowed-host lets it be this one's name",
+                code="host_not_allowed",
+            )
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -92,6 +118,8 @@ class Guard:
         if any(not value.isdigit() for value in told) or len(set(told)) > 1:
             raise ApiError(400, "content-length is no number", code="invalid_header")
         if told and int(told[0][:20]) > self._limit:
+            if not any(name == b"expect" for name, _ in scope["headers"]):
+                await _throw_away(receive)
             raise self._too_large()
         body = bytearray()
         try:
@@ -104,6 +132,7 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self._limit:
+                        await _throw_away(receive)
                         raise self._too_large()
         except TimeoutError:
             raise ApiError(
@@ -123,6 +152,26 @@ class Guard:
             code="body_too_large",
             headers={"connection": "close"},
         )
+
+
+def _hostname(header: str) -> str | None:
+    """The name in a Host header, in lower case and without port; of an IPv6 address without brackets."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
+
+
+async def _throw_away(receive: Receive) -> None:
+    """Take the rest of a body, in bounds: a connection that is closed before that loses the answer too."""
+    left = THROWN_AWAY
+    with suppress(TimeoutError):
+        async with asyncio.timeout(THROWN_AWAY_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def _digest(key: str | None) -> bytes | None:

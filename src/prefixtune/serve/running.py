@@ -10,7 +10,8 @@ from typing import Any
 
 from prefixtune.prefix import PrefixKV
 from prefixtune.serve.answers import Piece, TokenChance
-from prefixtune.serve.engine import Engine, Job, Step
+from prefixtune.serve.engine import Engine
+from prefixtune.serve.job import Job, Step
 from prefixtune.serve.metrics import Metrics
 from prefixtune.serve.sampling import Sampling
 from prefixtune.serve.text import Writer

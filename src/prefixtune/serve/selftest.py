@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from prefixtune.attachment import attach, empty_rows, row_runner
+from prefixtune.attachment import Rows, attach, empty_rows, row_runner
 from prefixtune.errors import UnsupportedModelError
 from prefixtune.geometry import is_exact, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
@@ -38,7 +40,7 @@ def check_batches(base: Any) -> bool:
 
 @torch.no_grad()
 def batch_error(base: Any, *, together: bool) -> float:
-    """The largest relative error of the logits; rows join one after another and the first leaves early."""
+    """The largest relative error of the logits; rows are read and join in pairs, the first leaves early."""
     device, vocabulary = next(base.parameters()).device, text_config(base).vocab_size
 
     def ids(count: int, salt: int) -> Tensor:
@@ -73,16 +75,13 @@ def _batched(
     run, batch = row_runner(base), empty_rows(base)
     found: list[tuple[int, int, Tensor]] = []
     inside: list[tuple[int, int]] = []  # (row, step) of each row of the batch
-    for row, (prefix, text) in enumerate(zip(prefixes, texts, strict=True)):
-        one = empty_rows(base, prefix, filled=True)
-        prompt = text.shape[1] - PASSES
-        for start in range(0, prompt, 5):  # in pieces
-            logits = run(one, text[:, start : min(start + 5, prompt)])
-        found.append((row, 0, logits[0]))
-        batch.join(one)
-        inside.append((row, 0))
-        if row % 2 == 0 and row + 1 < len(texts):
-            continue
+    for first in range(0, len(texts), 2):
+        pair = list(range(first, min(first + 2, len(texts))))
+        read, logits = _read(run, batch, [prefixes[row] for row in pair], [texts[row] for row in pair])
+        for place, row in enumerate(pair):
+            found.append((row, 0, logits[place]))
+            batch.join(read, place)
+            inside.append((row, 0))
         while inside:
             ids = torch.cat([texts[i][:, texts[i].shape[1] - PASSES + step][None] for i, step in inside])
             logits = run(batch, ids.reshape(-1, 1))
@@ -93,6 +92,20 @@ def _batched(
                 batch.leave(place)
                 inside[place] = inside[-1]
                 inside.pop()
-            if row + 1 < len(texts):
+            if pair[-1] + 1 < len(texts):
                 break  # the next rows join those that are left
     return found
+
+
+def _read(
+    run: Callable[..., Tensor], like: Rows, prefixes: list[PrefixKV | None], texts: list[Tensor]
+) -> tuple[Rows, Tensor]:
+    """Prompts of unequal length, read together in two passes; the logits [B, V] after each."""
+    prompts = [text[0, : text.shape[1] - PASSES] for text in texts]
+    rows = like.fresh(prefixes, room=sum(map(len, prompts)))
+    for half in (0, 1):
+        pieces = [(prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :])[half] for prompt in prompts]
+        columns = max(map(len, pieces))
+        ids = torch.stack([functional.pad(piece, (columns - len(piece), 0)) for piece in pieces])
+        logits: Tensor = run(rows, ids, [len(piece) for piece in pieces])
+    return rows, logits

@@ -15,6 +15,7 @@ from prefixtune.geometry import Fingerprint
 from prefixtune.serve.answers import Shape
 from prefixtune.serve.config import ServeConfig
 from prefixtune.serve.engine import Engine
+from prefixtune.serve.layout import lay_out
 from prefixtune.serve.log import Log
 from prefixtune.serve.metrics import Metrics
 from prefixtune.serve.problems import ApiError
@@ -253,6 +254,7 @@ class Service:
 
     def _checked_engine(self, model: Any) -> Engine:
         """The engine, after its batches were compared with one row at a time."""
+        lay_out(model)
         found: list[bool | BaseException] = []
 
         def check() -> None:

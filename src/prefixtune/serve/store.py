@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ __all__ = ["NAME", "PrefixUnavailableError", "Served", "Store", "UnknownPrefixEr
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILES = ("prefix.json", "prefix.safetensors")
+
+NEW, PAUSE = 2.0, 0.1  # seconds since a file was written, and until one that is being replaced is whole
 
 Signature = tuple[tuple[int, int, int], ...]
 
@@ -297,13 +300,23 @@ class Store:
         return {key: info.get(key) for key in ("digest", "length", "template")}
 
     def _read(self, name: str, entry: _Entry) -> Served:
-        served = self._load(name, entry.folder)
+        served = self._load(name, entry.folder, patient=entry.problem is None)
         entry.problem = None
         self._keep(name, entry, served)
         self._tell("loaded", name, "")
         return served
 
-    def _load(self, name: str, folder: Path) -> Served:
+    def _load(self, name: str, folder: Path, *, patient: bool = True) -> Served:
+        """Read a folder; if `patient`, one that is just being replaced, file by file, is read once more."""
+        try:
+            return self._load_now(name, folder)
+        except StorageError:
+            if not (patient and _is_new(folder)):
+                raise
+        time.sleep(PAUSE)
+        return self._load_now(name, folder)
+
+    def _load_now(self, name: str, folder: Path) -> Served:
         try:
             stored: StoredPrefix = load_prefix(folder, is_trainable=False)
         except OSError as error:
@@ -355,3 +368,9 @@ def _signature(folder: Path) -> Signature:
         except OSError:
             found.append((0, 0, 0))
     return tuple(found)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether a file was written just now."""
+    newest = max(written for written, _, _ in _signature(folder))
+    return abs(time.time() - newest / 1e9) < NEW
