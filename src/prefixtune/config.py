@@ -228,7 +228,11 @@ class TrainConfig(_Config):
         "first raise the learning rate step by step in a short run (a range test), then train with the rate "
         "that it suggests",
     )
-    num_train_epochs: float = option(1.0, "passes over the training rows, unless --max-steps is given")
+    num_train_epochs: float | None = option(
+        None,
+        "passes over the training rows, unless --max-steps is given; as many as make 100 steps, 1 to 4, "
+        "by default",
+    )
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
     per_device_train_batch_size: int = option(
         8,

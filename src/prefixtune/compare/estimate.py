@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Rows
 from prefixtune.config import TrainConfig
+from prefixtune.train import planned_epochs
 
 __all__ = ["Forecast", "spelled"]
 
@@ -50,7 +51,7 @@ class Forecast:
         if cell.method.trains:
             examples = self.rows.train[: cell.rows]
             shared = TrainConfig(**config.schedule)
-            passes = shared.num_train_epochs
+            passes = planned_epochs(shared, len(examples))
             if shared.max_steps:
                 passes = shared.max_steps * shared.per_device_train_batch_size / len(examples)
             trained = sum(len(example.input_ids) for example in examples)

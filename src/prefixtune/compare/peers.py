@@ -25,6 +25,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.geometry import Geometry
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, group_rows
+from prefixtune.train import planned_epochs
 from prefixtune.train.trainer import LengthGroupedSampler
 
 __all__ = ["PeerTrainer", "lora_config", "matmul_layers", "peer_model", "peer_trainer"]
@@ -196,10 +197,10 @@ def peer_trainer(
     batch = shared.per_device_train_batch_size
     packs = Passes.of(base.model, capacity=PASS_TOKENS, pad_token_id=pad_token_id).packing
     model = peer_model(of, base.model, settings, length=length, start=start)
-    warmup = math.ceil(settings.warmup_ratio * steps)
+    warmup, epochs = math.ceil(settings.warmup_ratio * steps), planned_epochs(shared, len(examples))
     return PeerTrainer(
         model=model,
-        args=_arguments(settings, shared, output, warmup_steps=warmup),
+        args=_arguments(settings, shared, output, epochs=epochs, warmup_steps=warmup),
         train_dataset=list(examples),
         data_collator=Collator(pad_token_id),
         pad_token_id=pad_token_id,
@@ -208,12 +209,14 @@ def peer_trainer(
     )
 
 
-def _arguments(settings: PeerConfig, shared: TrainConfig, output: Path, *, warmup_steps: int) -> Any:
+def _arguments(
+    settings: PeerConfig, shared: TrainConfig, output: Path, *, epochs: float, warmup_steps: int
+) -> Any:
     return TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=shared.per_device_train_batch_size,
         gradient_accumulation_steps=shared.gradient_accumulation_steps,
-        num_train_epochs=shared.num_train_epochs,
+        num_train_epochs=epochs,
         max_steps=shared.max_steps or -1,
         seed=shared.seed,
         learning_rate=settings.learning_rate,

@@ -6,7 +6,13 @@ Knows data and models by name only.
 """
 
 from prefixtune.train.build import trainer_for
-from prefixtune.train.defaults import AUTO, default_learning_rate, default_length, planned_steps
+from prefixtune.train.defaults import (
+    AUTO,
+    default_learning_rate,
+    default_length,
+    planned_epochs,
+    planned_steps,
+)
 from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
 
@@ -16,6 +22,7 @@ __all__ = [
     "TrainResult",
     "default_learning_rate",
     "default_length",
+    "planned_epochs",
     "planned_steps",
     "train",
     "train_examples",

@@ -23,6 +23,7 @@ __all__ = [
     "default_learning_rate",
     "default_length",
     "digest",
+    "planned_epochs",
     "planned_steps",
     "prefix_config_of",
     "resolve",
@@ -30,6 +31,7 @@ __all__ = [
 
 AUTO = "auto"
 SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
+ENOUGH_STEPS, MOST_EPOCHS = 100, 4
 # of the size of the keys and values (docs/adr/0007)
 DIRECT_LEARNING_RATE = 5e-2
 # a step of the projection moves every KV number by a sum over its hidden layer
@@ -112,6 +114,7 @@ def resolve(
     steps = planned_steps(config, len(examples))
     return {
         "steps": steps,
+        "epochs": planned_epochs(config, len(examples)),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size),
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
@@ -141,9 +144,24 @@ def default_learning_rate(config: PrefixConfig, hidden_size: int) -> float:
 def planned_steps(config: TrainConfig, rows: int) -> int:
     if config.max_steps:
         return config.max_steps
+    return max(1, math.ceil(planned_epochs(config, rows) * _steps_of_an_epoch(config, rows)))
+
+
+def planned_epochs(config: TrainConfig, rows: int) -> float:
+    """Passes over so many rows: given, or as many as make enough steps, which few rows do not in one.
+
+    Example:
+        >>> [planned_epochs(TrainConfig(), rows) for rows in (50, 100, 400, 1000)]
+        [4.0, 4.0, 2.0, 1.0]
+    """
+    if config.num_train_epochs is not None:
+        return config.num_train_epochs
+    return float(max(1, min(MOST_EPOCHS, math.ceil(ENOUGH_STEPS / _steps_of_an_epoch(config, rows)))))
+
+
+def _steps_of_an_epoch(config: TrainConfig, rows: int) -> int:
     batches = math.ceil(rows / config.per_device_train_batch_size)
-    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return max(1, math.ceil(config.num_train_epochs * per_epoch))
+    return max(1, math.ceil(batches / config.gradient_accumulation_steps))
 
 
 def digest(examples: list[Example]) -> str:

@@ -208,7 +208,6 @@ def training_arguments(
     same = {
         name: getattr(config, name)
         for name in (
-            "num_train_epochs",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "lr_scheduler_type",
@@ -229,6 +228,7 @@ def training_arguments(
         **same,
         output_dir=str(output),
         learning_rate=resolved["learning_rate"],
+        num_train_epochs=resolved.get("epochs", 1.0),  # a run of an earlier version: the default was 1
         max_steps=config.max_steps or -1,
         warmup_steps=math.ceil(config.warmup_ratio * resolved["steps"]),
         eval_strategy="steps" if evaluates else "no",
