@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 
 from families import tiny_model
 from prefixtune.cli import main
+from prefixtune.compare.settings import methods_of
 from prefixtune.config import TrainConfig
+from prefixtune.data import Example
 from prefixtune.errors import ConfigError
+from prefixtune.load import LoadedBase
+from prefixtune.train import trainer_for
 from prefixtune.train.rate import ABOVE, BELOW, STEPS, read
 from tokenizers_for_tests import byte_tokenizer
 
@@ -99,3 +103,13 @@ def test_resumed_run_does_not_search_again(place: Path, tmp_path: Path) -> None:
 def test_a_given_rate_and_a_search_for_one_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match="find_learning_rate"):
         TrainConfig(learning_rate=1e-2, find_learning_rate=True)
+
+
+def test_who_does_not_look_for_a_rate_says_so(tmp_path: Path) -> None:
+    base = LoadedBase(model=tiny_model("llama"), tokenizer=None, name="tiny", dtype_reason="")
+    rows = [Example(input_ids=(1, 2, 3), labels=(-100, 2, 3), origin="", truncated=0)]
+    config = TrainConfig(find_learning_rate=True, retain=0, report_to="none")
+    with pytest.raises(ConfigError, match="only train looks"):
+        trainer_for(base, rows, prefix_options={"init": "random"}, config=config, output=tmp_path / "run")
+    with pytest.raises(ConfigError, match="find_learning_rate"):
+        methods_of(("prefix",), {"prefix": {"find_learning_rate": True}})

@@ -104,7 +104,7 @@ class Method:
 
     def _known(self) -> set[str]:
         if self.of == "prefix":
-            return {*_names(PrefixConfig), *_names(TrainConfig)} - COMMON
+            return {*_names(PrefixConfig), *_names(TrainConfig)} - COMMON - {"find_learning_rate"}
         return {*ALL_PEERS, *LOOKED_AT[self.of]} if self.of in PEERS else set()
 
     @property

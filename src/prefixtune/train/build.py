@@ -41,8 +41,11 @@ def trainer_for(
         pad_token_id: the tokenizer's unless given.
 
     Raises:
+        ConfigError: a learning rate is to be looked for.
         DataError: the longest row does not fit into the model's positions after the prefix.
     """
+    if config.find_learning_rate:
+        raise ConfigError("find_learning_rate: only train looks for a rate", hint="give learning_rate")
     set_seed(config.seed)
     prefix = prefix_config_of(None, prefix_options, base, examples)
     check_lengths(base, prefix, examples)
