@@ -7,6 +7,7 @@ rows that answer nor a short one behind it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -246,6 +247,7 @@ class Engine:
             if len(group) == 1:
                 self._fail(group[0].job, "broken", error)
                 return
+            logging.getLogger(__name__).warning("prompts failed together and are read alone", exc_info=True)
             for one in group:
                 self._read_whole([one])
             return
