@@ -264,13 +264,14 @@ def test_script_names_what_was_exported_wherever_it_lies(output: Path, place: Pa
     moved = tmp_path / "a place with 'quotes'"
     os.symlink(output, moved)
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    python.write_text('#!/bin/sh\nfor word in "$VLLM_HTTP_TIMEOUT_KEEP_ALIVE" "$@"; do echo "$word"; done\n')
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python)}
     said = subprocess.run(
         [moved / "serve.sh", "--port", "1"], env=environment, capture_output=True, text=True, check=True
     )
-    words = said.stdout.splitlines()
+    seconds, *words = said.stdout.splitlines()
+    assert int(seconds) > 5  # what httpx keeps an idle connection for
     assert words[words.index("--model") + 1] == str(place / "model")
     assert words[words.index("--tokenizer") + 1] == str(moved / "tokenizer")
     assert words[words.index("--kv-transfer-config.kv_connector_extra_config.export") + 1] == str(moved)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def test_server_answers_and_finishes_what_runs_when_it_is_told_to_end(place: Pat
     ):
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
         assert names == ["little", "little:mail", "little:own"]
+        idle = HTTPConnection(client.base_url.host, client.base_url.port)
+        for pause in (0, 6):  # longer than clients keep a connection, so that it never closes under a request
+            time.sleep(pause)
+            idle.request("GET", "/healthz")
+            assert idle.getresponse().read()
+        idle.close()
         assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
         assert client.get("/v1/models", headers={"host": "proxy.example"}).status_code == 200
         body = {"model": "little:mail", "prompt": "x", "temperature": 0, "stream": True}

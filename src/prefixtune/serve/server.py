@@ -15,6 +15,8 @@ from prefixtune.serve.service import Service
 
 __all__ = ["run"]
 
+KEEP_ALIVE = 75  # seconds; clients leave an idle connection earlier (httpx after 5), so none closes under a request
+
 
 class _Server(uvicorn.Server):
     """At the first signal nothing new is taken, and what runs has `drain` seconds; at the second none."""
@@ -42,6 +44,7 @@ def run(service: Service, app: ASGIApp, *, on_ready: Callable[[str], None] = lam
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=round(config.drain) + 10,
         h11_max_incomplete_event_size=65_536,
         ws="none",
