@@ -50,9 +50,9 @@ def read_base(source: str | dict[str, int], *, dtype: str, device: str, quantize
 def _precision(dtype: str, device: str) -> Any:
     import torch
 
-    from prefixtune.load import _choose_dtype
+    from prefixtune.precision import choose_dtype
 
-    return _choose_dtype(dtype, torch.device(device))[0]
+    return choose_dtype(dtype, torch.device(device))[0]
 
 
 def _random_bloom(sizes: dict[str, int], dtype: Any, device: str, quantize: str | None) -> Any:

@@ -130,6 +130,18 @@ def test_dtype_is_what_was_asked_and_auto_says_why(folder: Path) -> None:
         load_base(str(folder), dtype="float8")
 
 
+def test_scores_are_capped_whatever_attention_the_library_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("gemma2", attn_logit_softcapping=0.5).save_pretrained(tmp_path)
+    monkeypatch.setattr(hf.Gemma2PreTrainedModel, "_supports_sdpa", True)  # as transformers 5.17 has it
+    ids = torch.arange(3, 12)[None]
+    base = load_base(str(tmp_path), dtype="float32", device="cpu").model
+    capped = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, capped(ids).logits)
+
+
 def test_unusable_device_is_a_wrong_option(folder: Path) -> None:
     for device in ("abacus", "cuda:99"):
         with pytest.raises(ConfigError, match=device):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -17,16 +16,15 @@ from typing import Any
 
 import torch
 
-from prefixtune.errors import ConfigError, MissingExtraError, ModelError
+from prefixtune.errors import MissingExtraError, ModelError
+from prefixtune.geometry import text_config
+from prefixtune.precision import choose_dtype, device_of
 from prefixtune.quantize import check_scheme, quantization, quantize_base
 
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
-PROBE_SIZE = 512  # rows and columns of the matmul that decides the precision
-PROBE_RUNS = 5
-BF16_GAIN = 1.3  # below this, bfloat16's rounding buys too little time
 # without one of these transformers makes up an empty tokenizer for some model types
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
@@ -88,10 +86,10 @@ def load_base(
         'llama'
     """
     source = _find(name)
-    place = _device(device)
+    place = device_of(device)
     if quantize is not None:
         check_scheme(quantize, place)
-    precision, reason = _choose_dtype(dtype, place)
+    precision, reason = choose_dtype(dtype, place)
     with _quiet(f"loading {name} …", downloads=source.on_hub):
         model = _read_model(source, precision, as_stored=quantize is not None)
         tokenizer = _read_tokenizer(source) if _has_tokenizer(source) else None
@@ -144,8 +142,8 @@ def empty_model(name: str) -> Any:
 
 def placement(dtype: str = "auto", device: str | None = None) -> tuple[torch.dtype, str]:
     """The precision and the device that `load_base` would choose."""
-    place = _device(device)
-    return _choose_dtype(dtype, place)[0], str(place)
+    place = device_of(device)
+    return choose_dtype(dtype, place)[0], str(place)
 
 
 def weight_files(name: str) -> list[Path]:
@@ -283,10 +281,21 @@ def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False)
     with _explained(source.name, "its weights cannot be loaded", hint="fetch or save the model again"):
         model, report = AutoModelForCausalLM.from_pretrained(source.path, **extra, **source.options)
     _check_complete(source.name, report)
+    _cap_scores(model)
     if source.gguf_file:
         _forget_quantization(model)
     model.config._name_or_path = source.name  # by which it can be found again
     return model
+
+
+def _cap_scores(model: Any) -> None:
+    """Gemma 2 caps its attention scores, which torch's fused attention leaves out without a word.
+
+    transformers 5.17 would take that one all the same; later versions do not.
+    """
+    config = text_config(model)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:
@@ -332,51 +341,6 @@ def _read_tokenizer(source: _Source) -> Any:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@torch.no_grad()
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from None
-    return device
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
-    if dtype in ("float32", "bfloat16"):
-        return getattr(torch, dtype), f"{dtype}: as asked"
-    if dtype != "auto":
-        raise ConfigError(f"dtype: expected auto, float32 or bfloat16; got {dtype!r}")
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return torch.bfloat16, "bfloat16: this GPU has it"
-        return torch.float32, "float32: this GPU has no bfloat16"
-    gain = _bfloat16_gain(device)
-    if gain >= BF16_GAIN:
-        return torch.bfloat16, f"bfloat16: a matmul is {gain:.1f}x faster than float32 here"
-    return torch.float32, f"float32: a matmul in bfloat16 is only {gain:.1f}x as fast here"
-
-
-@torch.no_grad()
-def _bfloat16_gain(device: torch.device) -> float:
-    """How many times faster a matmul is in bfloat16 than in float32.
-
-    The two take turns and the best run of each counts: other people's load only ever adds time.
-    """
-    kinds = (torch.float32, torch.bfloat16)
-    matrices = [torch.randn(PROBE_SIZE, PROBE_SIZE, device=device).to(kind) for kind in kinds]
-    seconds: list[list[float]] = [[], []]
-    for run in range(PROBE_RUNS + 1):
-        for matrix, taken in zip(matrices, seconds, strict=True):
-            start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # item: waits for devices that answer before they are done
-            if run > 0:  # the first run sets up threads and kernels
-                taken.append(time.perf_counter() - start)
-    return min(seconds[0]) / min(seconds[1])
 
 
 @contextmanager

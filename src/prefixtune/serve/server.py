@@ -15,7 +15,7 @@ from prefixtune.serve.service import Service
 
 __all__ = ["run"]
 
-KEEP_ALIVE = 75  # seconds; clients leave an idle connection earlier (httpx after 5), so none closes under a request
+KEEP_ALIVE = 75  # seconds; clients leave an idle connection earlier, so none closes under a request
 
 
 class _Server(uvicorn.Server):

@@ -216,7 +216,7 @@ def _script(record: Mapping[str, Any]) -> str:
         "# Serves the prefixes beside this file on vLLM; more options of `vllm serve` may follow.\n"
         "# Needs vLLM and the package prefixtune-vllm in the same environment.\n"
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)\n'
-        # vLLM's 5 s is also the age at which httpx leaves a connection: now and then one would close under a request
+        # after vLLM's own 5 s httpx leaves a connection too: now and then one would close under a request
         'export VLLM_HTTP_TIMEOUT_KEEP_ALIVE="${VLLM_HTTP_TIMEOUT_KEEP_ALIVE:-75}"\n'
         f"{lines}\n"
     )
