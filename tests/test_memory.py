@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +341,18 @@ def test_probe_times_real_steps(tmp_path: Path) -> None:
     assert 0 < json.loads(result.stdout)["seconds_per_1000_rows"] < 1000
 
 
+def test_probe_counts_the_neutral_text_of_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # each pass takes a second
+    monkeypatch.setattr("prefixtune.train.probe.time", clock)
+    line = ("estimate", "--model", tmp_path, "--max-length", 16, "--probe", "--json")
+    of_rows, with_neutral = (
+        json.loads(call(*line, "--retain", weight).stdout)["seconds_per_1000_rows"] for weight in (0, 0.5)
+    )
+    assert with_neutral / of_rows == pytest.approx((16 + 2 * 64 / 8) / 16)
+
+
 def write_model(folder: Path, *, stored: torch.dtype = torch.float32) -> Path:
     """A model whose weights, logits and activations matter beside the process: 48 million parameters."""
     tokenizer = byte_tokenizer()
@@ -354,6 +368,7 @@ def write_model(folder: Path, *, stored: torch.dtype = torch.float32) -> Path:
 RUN = """
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from transformers import Trainer
 from prefixtune.cli import main
 

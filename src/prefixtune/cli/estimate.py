@@ -53,7 +53,7 @@ def estimate(
     )
     facts = found.to_dict()
     if probe:
-        facts["seconds_per_1000_rows"] = seconds_per_1000_rows(model, found.setup)
+        facts["seconds_per_1000_rows"] = seconds_per_1000_rows(model, found.setup, config)
     if as_json:
         print_json(facts)
         return

@@ -7,20 +7,24 @@ from dataclasses import replace
 
 import torch
 
-from prefixtune.config import PrefixConfig
+from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.load import load_base
 from prefixtune.memory import Setup
 from prefixtune.memory.step import training_step
 from prefixtune.model import PrefixModel
 from prefixtune.prefix import Prefix
+from prefixtune.train.retention import PER_STEP, TOKENS
 
 __all__ = ["seconds_per_1000_rows"]
 
 WARM_UP, STEPS = 1, 3  # the first step pays for memory pages and kernels
 
 
-def seconds_per_1000_rows(model: str, setup: Setup) -> float:
-    """Load the model, run a few passes of made-up tokens of the setup's shape, and take the fastest."""
+def seconds_per_1000_rows(model: str, setup: Setup, config: TrainConfig) -> float:
+    """Load the model, run a few passes of made-up tokens of the setup's shape, and take the fastest.
+
+    The neutral text of each optimizer step counts (`config.retain`); sampling it at a run's start does not.
+    """
     dtype = str(setup.dtype).removeprefix("torch.")
     base = load_base(model, dtype=dtype, device=setup.device).model
     trained = PrefixModel(base, PrefixConfig(length=setup.prefix.length))
@@ -39,4 +43,6 @@ def seconds_per_1000_rows(model: str, setup: Setup) -> float:
         if setup.device.startswith("cuda"):
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return 1000 * setup.row_tokens * min(taken[WARM_UP:]) / sum(setup.lengths)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps  # of an optimizer step
+    neutral = PER_STEP * TOKENS / rows if config.retain else 0.0
+    return 1000 * (setup.row_tokens + neutral) * min(taken[WARM_UP:]) / sum(setup.lengths)
