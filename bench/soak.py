@@ -4,8 +4,9 @@ Run: python bench/soak.py [--minutes 5] [--model demo] [--clients 12]
 While the clients ask, prefixes `c0`, `c1`, … are replaced by other content, and `s0`, `s1`, … are damaged,
 taken away and restored. Each complete greedy answer must be that of transformers.generate for the content
 that its system_fingerprint names; each bad request must get its status; a prefix that is not damaged must
-always answer; the server's memory in the last third must be at most 5 % above that in the second. Exit code 1
-where something is violated.
+always answer; what schemathesis makes up from the OpenAPI of the server must be answered as that says, and
+never with a failure; the server's memory in the last third must be at most 5 % above that in the second.
+Exit code 1 where something is violated.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from serve import start_server
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from bad_requests import BODIES, CHAT, OF_THE_TINY_MODEL, REQUESTS, TEXT
+from by_schema import MODES, ask_by_schema, operations_of
 from serving import NAME, alone
 
 STEADY, SHAKY = ("c0", "c1", "c2", "c3"), ("s0", "s1")
 VERSIONS, PROMPTS, NEW_TOKENS = 2, 3, 10
 GROWTH = 1.05
+ADMIN_KEY = "soak"
 LIMITS = ("--max-length", "128", "--body-limit", "20000", "--prefix-memory", "3", "--watch", "0.5")
+LIMITS += ("--admin-key", ADMIN_KEY)
 
 
 @dataclass
@@ -213,9 +217,8 @@ def disturb(known: Known, served: Path, draw: random.Random, seen: Seen) -> None
 
 async def soak(url: str, process: psutil.Process, known: Known, served: Path, options: Any) -> Seen:
     seen, end = Seen(), time.monotonic() + 60 * options["minutes"]
-    async with httpx.AsyncClient(
-        base_url=url, timeout=300, limits=httpx.Limits(max_connections=None)
-    ) as client:
+    many = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=many) as client:
 
         async def one(seed: int) -> None:
             clients = Clients(client, known, seen, seed)
@@ -229,8 +232,21 @@ async def soak(url: str, process: psutil.Process, known: Known, served: Path, op
                 seen.memory.append(process.memory_info().rss)
                 await asyncio.sleep(draw.uniform(0.1, 1.0))
 
+        def by_schema() -> None:
+            draw = random.Random(options["seed"])
+            with httpx.Client(base_url=url, timeout=300) as other:
+                operations = operations_of(other)
+                while time.monotonic() < end:
+                    operation, mode = draw.choice(operations), draw.choice(MODES)
+                    try:
+                        seen.counts["by schema"] += ask_by_schema(
+                            other, operation, mode, key=ADMIN_KEY, number=draw.randrange(2**32), examples=10
+                        )
+                    except Exception as error:  # checks raise their own, a lost connection httpx's
+                        seen.violated(f"by schema: {operation.label} {mode.value}: {error!r}")
+
         seeds = range(options["seed"] + 1, options["seed"] + 1 + options["clients"])
-        await asyncio.gather(meanwhile(), *map(one, seeds))
+        await asyncio.gather(meanwhile(), asyncio.to_thread(by_schema), *map(one, seeds))
         metrics = (await client.get("/metrics")).text
     for name in ("failures_total", "active_rows", "queue_length"):
         (value,) = re.findall(rf"^prefixtune_{name} (\S+)$", metrics, re.MULTILINE)

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Unsatisfiable
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from bad_requests import BODIES, CHAT, REQUESTS, TEXT, text
+from by_schema import MODES, ask_by_schema, operations_of
 from serving import NAME, client_of, served_base, write_prefix
 
 
@@ -134,39 +131,11 @@ def test_admin_loads_reloads_lists_and_unloads(client: Any, tmp_path: Path) -> N
     check(client, client.post(TEXT, json=complete), 404)
 
 
-@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
 def test_schemathesis_finds_no_request_that_is_answered_otherwise_than_the_schema_says(
-    client: Any, mode: schemathesis.GenerationMode
+    client: Any, mode: Any
 ) -> None:
-    schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
-    operations = [operation.ok() for operation in schema.get_all_operations()]
+    operations = operations_of(client)
     assert len(operations) >= 8
-    quick = settings(
-        max_examples=30,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-
-    def asked(operation: Any) -> Any:
-        key = {"authorization": "Bearer a"} if operation.path.startswith("/admin") else {}
-
-        def ask(case: Any) -> None:
-            sent = case.as_transport_kwargs(base_url="http://testserver", headers=key)
-            response = client.request(**{name: value for name, value in sent.items() if name != "verify"})
-            assert response.status_code < 500, (sent, response.text)
-            if response.status_code >= 400:
-                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-            # what fits the schema may still not fit together: messages and template, prompt and room
-            case.validate_response(response, excluded_checks=[positive_data_acceptance])
-
-        return ask
-
     for operation in operations:
-        try:
-            strategy = operation.as_strategy(generation_mode=mode)
-            quick(given(case=strategy)(asked(operation)))()
-        except Unsatisfiable:  # a route without parameters has nothing wrong to be sent
-            assert mode is schemathesis.GenerationMode.NEGATIVE
+        ask_by_schema(client, operation, mode, key="a", number=0, examples=30)
