@@ -54,7 +54,7 @@ class Engine:
         rows: answers at once.
         queue: jobs that wait; more are refused.
         cached_tokens: columns times rows that the batch may come to, which bounds its memory.
-        chunk: prompt tokens that are read beside one token of each row.
+        chunk: prompt tokens that are read beside one token of each row; what suits the passes by default.
         observe: called after each pass with the rows in the batch.
         report: called with what went wrong in the model or in the engine itself.
 
@@ -70,12 +70,13 @@ class Engine:
         rows: int = 32,
         queue: int = 256,
         cached_tokens: int = 65_536,
-        chunk: int = 256,
+        chunk: int | None = None,
         observe: Callable[[int], None] = lambda rows: None,
         report: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._base, self._passes = base, passes or Padded(base)
-        self.rows, self.queue, self.cached_tokens, self._chunk = rows, queue, cached_tokens, chunk
+        self.rows, self.queue, self.cached_tokens = rows, queue, cached_tokens
+        self._chunk = chunk or self._passes.chunk
         self._observe, self._report = observe, report
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()

@@ -58,10 +58,15 @@ class Prompt:
 class Passes(Protocol):
     """Reads one token of each row of the batch, and the next tokens of each prompt.
 
+    Attributes:
+        chunk: prompt tokens of one call that are a good measure; see bench/LOG.md.
+
     Returns:
         the logits [R, V] of the batch's rows, or why they have none; and for each prompt the logits [V] of
         its last token, None where more of it is to be read, or why it cannot be read.
     """
+
+    chunk: int
 
     def __call__(
         self, batch: Rows, tokens: Sequence[int], prompts: Sequence[Prompt]
@@ -73,6 +78,7 @@ class Flat:
 
     def __init__(self, base: Any) -> None:
         self._run, self._empty = flat_runner(base), empty_rows(base)
+        self.chunk = 128 if self._empty.device.type == "cpu" else 256
 
     def __call__(
         self, batch: Rows, tokens: Sequence[int], prompts: Sequence[Prompt]
@@ -104,6 +110,7 @@ class Padded:
 
     def __init__(self, base: Any) -> None:
         self._run, self._empty = row_runner(base), empty_rows(base)
+        self.chunk = 256
 
     def __call__(
         self, batch: Rows, tokens: Sequence[int], prompts: Sequence[Prompt]
