@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import PrefixKV
+from prefixtune import PrefixKV, attach
 from prefixtune.serve.engine import Engine
 from prefixtune.serve.job import Job, OverloadedError, Step
 from prefixtune.serve.layout import lay_out
@@ -152,6 +152,13 @@ def test_check_takes_flat_passes_where_the_model_has_them_and_says_why_not_elsew
     ] * (not is_flat)
 
 
+def test_flat_passes_bound_the_scores_where_the_model_does() -> None:
+    bounded, free = (served_base("gemma2", attn_logit_softcapping=bound) for bound in (0.3, None))
+    ids = torch.tensor([random_ids(9, 1)])
+    assert (bounded(ids).logits - free(ids).logits).abs().max() > 0.01
+    assert batch_error(bounded, Flat(bounded), together=True) < 1e-5
+
+
 def test_check_falls_back_to_padded_passes_where_flat_ones_are_not_exact(
     base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +281,33 @@ def test_prompt_that_breaks_a_pass_beside_answers_fails_alone(
     made.close(0)
 
 
+def test_pass_that_finds_no_memory_leaves_the_rows_as_they_were(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.attachment import Piece, empty_rows, flat_runner
+
+    run_flat, batch, zeros, left = flat_runner(base), empty_rows(base), torch.zeros, [2]
+    piece = Piece(rows=batch.fresh([prefix_of(base, 5, 1)], room=3), ids=[5, 6, 7], ends=True)
+    run_flat(batch, [], [piece])
+    batch.join(piece.rows)
+    batch.columns = batch.end  # no room for another token
+
+    def fail_late(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("out of memory")
+        return zeros(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", fail_late)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run_flat(batch, [8], [])
+    assert (batch.columns, batch.end) == (8, 8)
+    found = run_flat(batch, [8], [])[0]
+    with attach(base, prefix_of(base, 5, 1)):
+        assert torch.allclose(found, base(torch.tensor([[5, 6, 7, 8]])).logits[0, -1], atol=1e-4)
+
+
 def test_long_prompts_are_read_in_pieces_beside_answers_and_stay_exact(
     base: Any, way: Callable[[Any], Passes]
 ) -> None:
@@ -299,7 +333,9 @@ def test_long_prompts_are_read_in_pieces_beside_answers_and_stay_exact(
     made.close(0)
 
 
-def test_cancelled_job_frees_its_rows_and_the_others_go_on(base: Any, way: Callable[[Any], Passes]) -> None:
+def test_cancelled_job_frees_its_rows_and_the_others_go_on(
+    base: Any, way: Callable[[Any], Passes], caplog: pytest.LogCaptureFixture
+) -> None:
     reported: list[Exception] = []
     made = Engine(base, passes=way(base), rows=1, report=reported.append)
     made.start()
@@ -324,7 +360,7 @@ def test_cancelled_job_frees_its_rows_and_the_others_go_on(base: Any, way: Calla
     made.submit(gone)  # leaves nothing for the pass
     made.close(0)
     made.join(20)
-    assert reported == []
+    assert (reported, caplog.text) == ([], "")
 
 
 def test_listener_that_fails_loses_its_own_job_only(base: Any, engine: Engine) -> None:

@@ -141,15 +141,13 @@ def _calls(rows: Rows, count: int, window: int | None) -> list[_Call]:
     if window is not None:
         seen = [min(width, window + count - 1) for width in seen]
     runs: list[list[int]] = []
-    for row, width in enumerate(seen):
-        if runs:
-            run = runs[-1]
-            longest = max(seen[run[0]], width, *(seen[other] for other in run))
-            wasted = sum(longest - seen[other] for other in (*run, row))
-            if wasted <= CALL or rows.device.type != "cpu":
-                run.append(row)
-                continue
-        runs.append([row])
+    for row in range(len(seen)):
+        run = [*(runs[-1] if runs else []), row]
+        masked = len(run) * max(seen[one] for one in run) - sum(seen[one] for one in run)
+        if runs and (masked <= CALL or rows.device.type != "cpu"):  # elsewhere columns cost less than a call
+            runs[-1] = run
+        else:
+            runs.append([row])
     return [_call(rows, run, [seen[row] for row in run], count, window) for run in runs]
 
 
