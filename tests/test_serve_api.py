@@ -357,7 +357,8 @@ def test_shutdown_ends_answers_with_a_word(vast: Any) -> None:
 
 
 def test_replaced_prefix_answers_the_next_request_and_never_half_a_one(base: Any, tmp_path: Path) -> None:
-    kvs = [write_prefix(base, tmp_path / "p", length=5, seed=1)]
+    other = served_base()  # the same weights: nobody but the engine may run what it serves
+    kvs = [write_prefix(other, tmp_path / "p", length=5, seed=1)]
     ids = random_ids(6, 3)
     with live(base, prefix_dir=tmp_path) as server:
         body = {
@@ -376,7 +377,7 @@ def test_replaced_prefix_answers_the_next_request_and_never_half_a_one(base: Any
             found = pool.map(ask, range(30))
             for seed in (2, 3):
                 eventually(lambda: server.service.engine.active > 0)
-                kvs.append(write_prefix(base, tmp_path / "p", length=5 + seed, seed=seed))
+                kvs.append(write_prefix(other, tmp_path / "p", length=5 + seed, seed=seed))
                 server.service.store.refresh()
             answers = [*found, ask(0)]
     expected = {kv.digest[:16]: alone(base, kv, ids, 40, end=END) for kv in kvs}

@@ -12,24 +12,28 @@ bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T 
 
 Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
 cache, mask and positions that the decoder sees). For training there are also `head` (the model in two
-halves), and `packed` with `documents` (several documents in one row without padding); for serving there is
-`rows` (a batch whose rows join and leave).
+halves), and `packed` with `documents` (several documents in one row without padding); for serving there are
+`rows` (a batch whose rows join and leave) and `flat` (their next tokens and prompts in one pass).
 """
 
+from prefixtune.attachment.flat import Piece, flat_runner, no_flat
 from prefixtune.attachment.head import head_of, last_hidden, splits
 from prefixtune.attachment.packed import compile_layers, packed, packs
 from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
 from prefixtune.attachment.session import attach, attach_pairs, supported
 
 __all__ = [
+    "Piece",
     "Rows",
     "attach",
     "attach_pairs",
     "compile_layers",
     "empty_rows",
+    "flat_runner",
     "head_of",
     "last_hidden",
     "most_positions",
+    "no_flat",
     "packed",
     "packs",
     "row_runner",

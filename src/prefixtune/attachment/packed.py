@@ -11,10 +11,10 @@ Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens of the pack, D he
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,9 +29,10 @@ from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, is_exact, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
-__all__ = ["compile_layers", "packed", "packs"]
+__all__ = ["attending", "attention_configs", "compile_layers", "packed", "packs", "refuse_extras"]
 
 NAME = "prefixtune_packed"
+T = TypeVar("T")
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _ACTIVE: dict[int, _Pack] = {}  # by id of the config that an attention module reads, while a pack is run
 _PACKS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -82,26 +83,39 @@ def packed(
             raise UnsupportedModelError(f"{type(base).__name__}: {_missed(pack)} does not attend by document")
         return found
 
-    configs = _attention_configs(base)
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = NAME
-        _ACTIVE[id(config)] = pack
     base.prefixtune_attached = True  # type: ignore[assignment]
     try:
-        yield hidden
+        with attending(attention_configs(base), NAME, _ACTIVE, pack):
+            yield hidden
     finally:
         del base.prefixtune_attached
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-            _ACTIVE.pop(id(config), None)
+
+
+@contextmanager
+def attending(configs: Sequence[Any], name: str, table: dict[int, T], running: T) -> Iterator[None]:
+    """Within the block all attention goes to the registered function `name`, with `running` in its `table`.
+
+    Args:
+        configs: those that attention modules read; their ids are the table's keys.
+    """
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
+        table[id(config)] = running
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+            table.pop(id(config), None)
 
 
 def _missed(pack: _Pack) -> str:
     return f"layer {min(set(range(len(pack.geometry.layers))) - pack.hits)}"
 
 
-def _attention_configs(base: nn.Module) -> list[Any]:
+def attention_configs(base: nn.Module) -> list[Any]:
+    """The configurations that the decoder's attention modules read; to find them takes 2 ms of a pass."""
     found = {id(m.config): m.config for m in decoder_of(base).modules() if hasattr(m, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
@@ -120,11 +134,8 @@ def _packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer for the running pack: query [1, H, T, D], key and value [1, K, T, D]."""
+    refuse_extras(module, query, attention_mask, others)
     pack, layer = _ACTIVE[id(module.config)], module.layer_idx
-    unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in IGNORED]
-    if unknown or attention_mask is not None or query.shape[0] != 1:
-        what = unknown[0] if unknown else "a mask of its own" if query.shape[0] == 1 else "several rows"
-        raise UnsupportedModelError(f"{type(module).__name__} gives its attention {what}")
     pack.hits.add(layer)
     prefix = pack.pairs[layer] if pack.pairs is not None else None
     out = attend_documents(
@@ -139,6 +150,14 @@ def _packed_attention(
         sinks=s_aux,
     )
     return out[None], None  # [1, T, H, D]
+
+
+def refuse_extras(module: Any, query: Tensor, mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a model hands its attention something that would have no effect."""
+    unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in IGNORED]
+    if unknown or mask is not None or query.shape[0] != 1:
+        what = unknown[0] if unknown else "a mask of its own" if query.shape[0] == 1 else "several rows"
+        raise UnsupportedModelError(f"{type(module).__name__} gives its attention {what}")
 
 
 # compiled layers leave attention out: it reads a table by id, and its tiles change with every pack

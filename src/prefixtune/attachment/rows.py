@@ -203,14 +203,15 @@ class Rows(Cache):  # type: ignore[misc]
                 target[:count, :, self.start : self.end] = source[:count, :, first:last]
 
     def _make(self, *, rows: int, columns: int, start: int) -> None:
-        self.rows_capacity, self.columns, self.start = rows, columns, start
-        self.sides = [
-            tuple(  # type: ignore[misc]
+        sides: list[Any] = [
+            tuple(
                 torch.zeros(rows, layer.kv_heads, columns, size, dtype=self.dtype, device=self.device)
                 for size in (layer.key_dim, layer.value_dim)
             )
             for layer in self.geometry.layers
         ]
+        # only now, as a pass that found no memory is tried again with the rows as they were
+        self.sides, self.rows_capacity, self.columns, self.start = sides, rows, columns, start
 
 
 def row_runner(base: nn.Module) -> Callable[..., Tensor]:

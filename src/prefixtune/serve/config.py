@@ -19,7 +19,11 @@ class ServeConfig(_Config):
     served_name: str | None = option(None, "what clients call the base; the last part of --model by default")
     rows: int = option(32, "answers at once")
     queue: int = option(256, "requests that wait; more are answered with 429")
-    chunk: int = option(256, "prompt tokens that are read between two tokens of the running answers")
+    chunk: int | None = option(
+        None,
+        "prompt tokens that are read beside one token of each answer; by default 128 in flat passes on a "
+        "CPU, and 256 elsewhere",
+    )
     cached_tokens: int = option(65_536, "rows times columns of the batch's KV cache, which bounds its memory")
     max_length: int | None = option(
         None, "prefix, prompt and answer together; the model's positions by default"

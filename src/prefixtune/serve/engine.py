@@ -1,13 +1,12 @@
 """Schedules rows of token ids: one batch of different prefixes and none. Knows no text, no HTTP, no disk.
 
-A thread owns the model. Between two passes of the batch rows join and leave, and waiting prompts are read:
-those of about one length together, a long one in pieces, each in its turn, so that it holds up neither the
-rows that answer nor a short one behind it.
+A thread owns the model. Each pass takes the next token of every row and the next tokens of waiting prompts, a
+long one in pieces, each in its turn, so that it holds up neither the rows that answer nor a short one behind
+it. Between two passes rows join and leave.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -17,28 +16,22 @@ from typing import Any
 
 import torch
 
-from prefixtune.attachment import Rows, empty_rows, row_runner
+from prefixtune.attachment import empty_rows
 from prefixtune.geometry import quiet_eval
 from prefixtune.serve.job import Job, OverloadedError, Step
+from prefixtune.serve.passes import Padded, Passes, Prompt, Result
 from prefixtune.serve.sampling import Choice, Chooser, choose
 
 __all__ = ["Engine"]
 
 NORMAL, LENGTH, CUT = "stop", "length", "cut"  # an answer's end: its end token, its limit, by its listener
-PASS_TOKENS = 32  # a pass costs about as much as so many tokens, whatever is in it; see bench/LOG.md
 
 
-@dataclass(eq=False)
-class _Reading:
-    """A job whose prompt is being read; `rows` holds what was read of it in pieces."""
+@dataclass(eq=False, kw_only=True)
+class _Reading(Prompt):
+    """A job whose prompt is being read."""
 
     job: Job
-    rows: Rows | None = None
-    read: int = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.job.ids) - self.read
 
 
 @dataclass(eq=False)
@@ -57,10 +50,11 @@ class Engine:
 
     Args:
         base: a causal language model of transformers; nobody else may run it meanwhile.
+        passes: how tokens go through the base; the way of every architecture unless told.
         rows: answers at once.
         queue: jobs that wait; more are refused.
         cached_tokens: columns times rows that the batch may come to, which bounds its memory.
-        chunk: prompt tokens that are read between two passes of the batch.
+        chunk: prompt tokens that are read beside one token of each row; what suits the passes by default.
         observe: called after each pass with the rows in the batch.
         report: called with what went wrong in the model or in the engine itself.
 
@@ -72,16 +66,17 @@ class Engine:
         self,
         base: Any,
         *,
+        passes: Passes | None = None,
         rows: int = 32,
         queue: int = 256,
         cached_tokens: int = 65_536,
-        chunk: int = 256,
+        chunk: int | None = None,
         observe: Callable[[int], None] = lambda rows: None,
         report: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self._base, self._run = base, row_runner(base)
-        self._device = next(base.parameters()).device
-        self.rows, self.queue, self.cached_tokens, self._chunk = rows, queue, cached_tokens, chunk
+        self._base, self._passes = base, passes or Padded(base)
+        self.rows, self.queue, self.cached_tokens = rows, queue, cached_tokens
+        self._chunk = chunk or self._passes.chunk
         self._observe, self._report = observe, report
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -162,8 +157,7 @@ class Engine:
                 try:
                     self._sweep()
                     self._admit()
-                    self._read_prompts()
-                    self._decode()
+                    self._pass()
                 except Exception as error:  # a mistake of ours must not end the thread in silence
                     self._give_up(error)
 
@@ -196,7 +190,7 @@ class Engine:
                 if job is None or not self._has_room(job):
                     return
                 self._waiting.popleft()
-            self._reading.append(_Reading(job))
+            self._reading.append(_Reading(job=job, ids=job.ids, prefix=job.prefix))
 
     def _has_room(self, job: Job) -> bool:
         jobs = {id(row.job): row.job for row in self._batch}
@@ -207,87 +201,53 @@ class Engine:
         longest = max(other.longest for other in (*jobs.values(), *reading, job))
         return rows <= self.rows and rows * longest <= self.cached_tokens
 
-    def _read_prompts(self) -> None:
-        """At most `chunk` tokens, padding included: whole prompts together, or a piece of one."""
-        budget = self._chunk
-        while self._reading and budget > 0:
-            group = self._next_group(budget)
-            if group:
-                budget -= len(group) * max(one.left for one in group)
-                self._read_whole(group)
-            else:
-                budget -= self._read_piece(self._reading.popleft(), budget)
-
-    def _next_group(self, budget: int) -> list[_Reading]:
-        """Takes the first prompt out, and those of about its length; none if it must be read in pieces."""
-        first = self._reading[0]
-        if first.rows is not None or first.left > budget:
-            return []
-        group = [first]
-        others = [one for one in self._reading if one.rows is None and one is not first]
-        for other in sorted(others, key=lambda one: abs(one.left - first.left)):
-            columns = max(one.left for one in (*group, other)) * (len(group) + 1)
-            padding = columns - sum(one.left for one in (*group, other))
-            if columns > budget or padding > PASS_TOKENS * len(group):
+    def _next_prompts(self) -> list[_Reading]:
+        """Those that the next pass reads, `chunk` tokens of them at most, in order of their turns."""
+        budget, taken = self._chunk, list[_Reading]()
+        for reading in self._reading:
+            if not budget:
                 break
-            group.append(other)
-        taken = {id(one) for one in group}
-        self._reading = deque(one for one in self._reading if id(one) not in taken)
-        return group
+            reading.next = min(reading.left, budget)
+            budget -= reading.next
+            taken.append(reading)
+        return taken
 
-    def _read_whole(self, group: list[_Reading]) -> None:
-        """Prompts in one pass, right-aligned; if it fails, each on its own."""
-        counts = [one.left for one in group]
-        longest = max(counts)
-        ids = [[*one.job.ids[:1]] * (longest - one.left) + [*one.job.ids] for one in group]
-        try:
-            rows = self._cache.fresh([one.job.prefix for one in group], room=longest)
-            logits = self._run(rows, torch.tensor(ids, device=self._device), counts)
-        except Exception as error:
-            if len(group) == 1:
-                self._fail(group[0].job, "broken", error)
-                return
-            logging.getLogger(__name__).warning("prompts failed together and are read alone", exc_info=True)
-            for one in group:
-                self._read_whole([one])
+    def _pass(self) -> None:
+        """Each row's next token, and the next tokens of prompts."""
+        prompts, tokens = self._next_prompts(), [row.token for row in self._batch]
+        if not (prompts or tokens):
             return
-        for row, one in enumerate(group):
-            self._begin(one.job, rows, row, logits[row : row + 1])
+        rows, found = self._passes(self._cache, tokens, prompts)
+        self._continue(rows)
+        for reading, result in zip(prompts, found, strict=True):
+            if result is None:  # one that had a pass to itself lets the others go first
+                self._reading.rotate(-1 if reading.next == self._chunk else 0)
+                continue
+            if isinstance(result, Exception):
+                self._fail(reading.job, "broken", result)
+            else:
+                self._begin(reading, result)
+            self._reading.popleft()
 
-    def _read_piece(self, reading: _Reading, budget: int) -> int:
-        """The next tokens of a prompt, the others then coming first; how many."""
-        ids = reading.job.ids[reading.read : reading.read + budget]
-        try:
-            if reading.rows is None:
-                reading.rows = self._cache.fresh([reading.job.prefix], room=len(reading.job.ids))
-            logits = self._run(reading.rows, torch.tensor([ids], device=self._device))
-        except Exception as error:
-            self._fail(reading.job, "broken", error)
-            return len(ids)
-        reading.read += len(ids)
-        if reading.left:
-            self._reading.append(reading)
-        else:
-            self._begin(reading.job, reading.rows, 0, logits)
-        return len(ids)
-
-    def _begin(self, job: Job, rows: Rows, index: int, logits: torch.Tensor) -> None:
-        """The prompt is read: its answers join the batch, each from the same logits [1, V]."""
+    def _begin(self, reading: _Reading, logits: torch.Tensor) -> None:
+        """The prompt is read: its answers join the batch, each from the same logits [V]."""
+        assert reading.rows is not None
+        job = reading.job
         for answer, sampling in enumerate(job.samplings):
             chooser = Chooser(sampling)
-            choice = choose(logits, [chooser])[0]
+            choice = choose(logits[None], [chooser])[0]
             row = _Row(job, answer, chooser, choice.token if choice else 0)
             if self._goes_on(row, choice):
-                self._cache.join(rows, index)
+                self._cache.join(reading.rows, reading.row)
                 self._batch.append(row)
 
-    def _decode(self) -> None:
-        """One pass of the batch: each row's next token."""
+    def _continue(self, logits: Result) -> None:
+        """The next token of each row of the batch by logits [R, V]."""
         if not self._batch:
             return
-        ids = torch.tensor([[row.token] for row in self._batch], device=self._device)
         try:
-            logits = self._run(self._cache, ids)
+            if not isinstance(logits, torch.Tensor):
+                raise logits or AssertionError("no logits")
             choices = choose(logits, [row.chooser for row in self._batch])
         except Exception as error:  # out of memory, or a mistake: these answers end, the server does not
             self._drop_batch(error)

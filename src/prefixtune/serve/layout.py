@@ -15,12 +15,11 @@ def lay_out(base: Any) -> None:
     """Store the linear weights of a float32 model on a CPU by columns.
 
     A batch multiplies a few dozen rows of activations by each weight. Where that lies in rows, [out, in], the
-    matmul library spends a good part of each pass on turning it around; see bench/LOG.md. A weight that is
-    the input embedding too stays as it is: there whole rows are looked up.
+    matmul library spends a good part of each pass on turning it around; see bench/LOG.md. That holds for a
+    head that is the input embedding too: it gains more than looking up its rows loses.
     """
-    embedding = getattr(base.get_input_embeddings(), "weight", None)
     for module in base.modules():
-        if type(module) is not nn.Linear or module.weight is embedding:
+        if type(module) is not nn.Linear:
             continue
         weight = module.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():

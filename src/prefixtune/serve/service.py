@@ -23,7 +23,7 @@ from prefixtune.serve.prompts import Prompts
 from prefixtune.serve.running import Asked
 from prefixtune.serve.sampling import Sampling
 from prefixtune.serve.schema import ChatRequest, CompletionRequest
-from prefixtune.serve.selftest import check_batches
+from prefixtune.serve.selftest import Way, check_batches
 from prefixtune.serve.store import PrefixUnavailableError, Served, Store, UnknownPrefixError
 
 __all__ = ["Service"]
@@ -255,7 +255,7 @@ class Service:
     def _checked_engine(self, model: Any) -> Engine:
         """The engine, after its batches were compared with one row at a time."""
         lay_out(model)
-        found: list[bool | BaseException] = []
+        found: list[Way | BaseException] = []
 
         def check() -> None:
             try:
@@ -271,13 +271,15 @@ class Service:
                 f"the check of the engine took more than {self.config.startup_timeout:.0f} s",
                 hint="raise --startup-timeout",
             )
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        if not found[0]:
-            self._rows = 1
-            self.log.write("start", note="rows are not exact together on this model: one at a time")
+        way = found[0]
+        if isinstance(way, BaseException):
+            raise way
+        for note in way.notes:
+            self.log.write("start", note=note)
+        self._rows = self._rows if way.together else 1
         return Engine(
             model,
+            passes=way.passes,
             rows=self._rows,
             queue=self.config.queue,
             cached_tokens=self.config.cached_tokens,
