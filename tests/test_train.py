@@ -30,7 +30,7 @@ from prefixtune.config import DataConfig
 from prefixtune.data import Collator, Example, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
-from prefixtune.train import PrefixTrainer
+from prefixtune.train import PrefixTrainer, default_start
 from prefixtune.train.trainer import KeepBest, LengthGroupedSampler
 from tokenizers_for_tests import byte_tokenizer
 
@@ -454,17 +454,39 @@ def assert_starts_from(output: Path, place: Path, ids: list[int]) -> None:
         torch.testing.assert_close(found[f"layers.{index}.value"], layer.value, rtol=0, atol=1e-6)
 
 
-def test_prefix_starts_from_the_kv_of_the_first_training_rows(place: Path, tmp_path: Path) -> None:
-    for length in (6, 60):  # within the first row, and beyond it
+def test_prefix_starts_from_the_kv_of_a_whole_training_row(place: Path, tmp_path: Path) -> None:
+    examples, _ = build_examples(
+        load_rows(str(place / "rows.jsonl")), AutoTokenizer.from_pretrained(place / "model"), DataConfig()
+    )
+    rows = sorted((list(example.input_ids) for example in examples), key=len)
+    for length in (6, len(rows[-1]), 60):  # less than the shortest row, just the longest, more than any
         output = tmp_path / str(length)
         succeed(*options(place, output, *STILL, "--length", length))
-        examples, _ = build_examples(
-            load_rows(str(place / "rows.jsonl")),
-            AutoTokenizer.from_pretrained(place / "model"),
-            DataConfig(),
-        )
-        ids = [token for example in examples for token in example.input_ids][:length]
-        assert_starts_from(output, place, ids)
+        ids = default_start([example.input_ids for example in examples], length)
+        assert len(ids) == length
+        best = max((len(row) for row in rows if len(row) <= length), default=len(rows[0]))
+        assert list(ids)[-best:] in [row[-length:] for row in rows if len(row) == best]
+        assert_starts_from(output, place, list(ids))
+
+
+@pytest.mark.parametrize(
+    ("length", "bos", "expected"),
+    [
+        (1, None, (9,)),  # none fits: the end of the shortest
+        (4, None, (1, 5, 6, 7)),  # the longest that fits
+        (9, None, (1, 5, 6, 7, 1, 2, 3, 4, 9)),  # the others in their order, before it
+        (6, None, (7, 1, 2, 3, 4, 9)),
+        (2, 1, (1, 9)),  # the token that begins every text stays first, and comes once
+        (6, 1, (1, 7, 2, 3, 4, 9)),
+        (20, 1, (1, 8, 9, 5, 6, 7, 2, 3, 4, 9)),  # all there is
+        (2, 8, (8, 9)),  # no row begins with it
+    ],
+)
+def test_start_is_a_whole_row_and_the_end_of_others(
+    length: int, bos: int | None, expected: tuple[int, ...]
+) -> None:
+    rows = [(1, 2, 3, 4, 9), (1, 5, 6, 7), (1, 8, 9)]
+    assert default_start(rows, length, bos=bos) == expected
 
 
 def test_prefix_starts_from_the_kv_of_the_text_that_is_given(place: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.metrics import Scores, measure
-from prefixtune.train import default_length, planned_steps, trainer_for
+from prefixtune.train import default_length, default_start, planned_steps, trainer_for
 
 __all__ = ["run_cell"]
 
@@ -166,6 +166,8 @@ def _peer(
 
     shared = TrainConfig(**schedule)
     precision = getattr(torch, dtype)
+    length = plan.prefix_length or default_length(len(examples))
+    rows, bos = [example.input_ids for example in examples], getattr(base.tokenizer, "bos_token_id", None)
     trainer = peer_trainer(
         cell.method.of,
         base,
@@ -174,8 +176,8 @@ def _peer(
         shared=shared,
         steps=planned_steps(shared, len(examples)),
         output=folder,
-        length=plan.prefix_length or default_length(len(examples)),
-        start=_first_tokens(examples),
+        length=length,
+        start=default_start(rows, cell.method.peer.length or length, bos=bos),  # as for our own prefix
         pad_token_id=ending(base.model, base.tokenizer)["pad_token_id"],
         precision=precision,
     )
@@ -221,16 +223,6 @@ def _rank(model: Any) -> dict[str, Any]:
         names = {"rank": "r", "length": "num_virtual_tokens"}
         found |= {name: getattr(config, field) for name, field in names.items() if hasattr(config, field)}
     return found
-
-
-def _first_tokens(examples: Sequence[Example], enough: int = 256) -> list[int]:
-    """Where text starts come from: the first training rows, as for our own prefix."""
-    tokens: list[int] = []
-    for example in examples:
-        tokens += example.input_ids
-        if len(tokens) >= enough:
-            break
-    return tokens
 
 
 def _train(trainer: Any) -> tuple[str, float]:

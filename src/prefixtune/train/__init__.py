@@ -10,6 +10,7 @@ from prefixtune.train.defaults import (
     AUTO,
     default_learning_rate,
     default_length,
+    default_start,
     planned_epochs,
     planned_steps,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "TrainResult",
     "default_learning_rate",
     "default_length",
+    "default_start",
     "planned_epochs",
     "planned_steps",
     "train",

@@ -22,6 +22,7 @@ __all__ = [
     "check_options",
     "default_learning_rate",
     "default_length",
+    "default_start",
     "digest",
     "planned_epochs",
     "planned_steps",
@@ -66,9 +67,40 @@ def default_length(rows: int) -> int:
 
     Example:
         >>> [default_length(rows) for rows in (50, 400, 2000)]
-        [11, 32, 64]
+        [23, 64, 64]
     """
-    return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(1.6 * math.sqrt(rows))))
+    return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(3.2 * math.sqrt(rows))))
+
+
+def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None = None) -> tuple[int, ...]:
+    """Token ids whose KV a prefix starts from: a whole row, prompt and target, as an example of the task.
+
+    It is the longest row that fits into `length` tokens, and what is left before it is the end of other rows.
+    Where none fits, it is the end of the shortest one. See docs/defaults.md.
+
+    Args:
+        rows: token ids of the training rows, in their order.
+        bos: the token that begins every text, where there is one; it stays first.
+
+    Returns:
+        `length` ids, fewer where all rows together have fewer.
+
+    Example:
+        >>> default_start([[1, 2, 3, 4, 5], [6, 7, 8], [9, 10]], 4)
+        (10, 6, 7, 8)
+    """
+    fitting = [number for number, row in enumerate(rows) if len(row) <= length]
+    if fitting:
+        chosen = max(fitting, key=lambda number: len(rows[number]))
+    else:
+        chosen = min(range(len(rows)), key=lambda number: len(rows[number]))
+    front = [bos] if bos is not None and all(list(row[:1]) == [bos] for row in rows) else []
+    tokens: list[int] = []
+    for row in [rows[chosen], *(row for number, row in enumerate(rows) if number != chosen)]:
+        tokens = [*row[len(front) :], *tokens]
+        if len(front) + len(tokens) >= length:
+            break
+    return (*front, *tokens[max(0, len(tokens) + len(front) - length) :])
 
 
 def _length_for(base: LoadedBase, examples: Sequence[Example]) -> int:
@@ -88,20 +120,16 @@ def _positions(base: LoadedBase) -> int | None:
 def prefix_config_of(
     began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
 ) -> PrefixConfig:
-    """The user's options; where they say nothing of a start, the KV of the first training rows."""
+    """The user's options; where they say nothing of a start, the KV of a whole training row."""
     if began:
         return PrefixConfig.from_dict(began["prefix"])
     given = _with_init(_given(options))
     given.setdefault("length", _length_for(base, examples))
     if "init" not in given:
-        length = given["length"]
-        tokens: list[int] = []
-        for example in examples:
-            tokens += example.input_ids
-            if len(tokens) >= length:
-                break
-        given |= {"init": "tokens", "init_tokens": tuple(tokens[:length])}
-        shown = base.tokenizer.decode(tokens[:length]) if base.tokenizer is not None else tokens[:length]
+        bos = getattr(base.tokenizer, "bos_token_id", None)
+        tokens = default_start([example.input_ids for example in examples], given["length"], bos=bos)
+        given |= {"init": "tokens", "init_tokens": tokens}
+        shown = base.tokenizer.decode(tokens) if base.tokenizer is not None else tokens
         note(f"the prefix starts from the KV of: {shown!r:.200}")
     return PrefixConfig(**given)
 
