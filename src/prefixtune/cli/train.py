@@ -14,8 +14,8 @@ from prefixtune.config import DataConfig, TrainConfig
 __all__ = ["train"]
 
 DEFAULTS = {
-    "init": "text where the model has a tokenizer, else random",
-    "length": "auto, by the number of rows: 16 for 100, 32 for 400, 64 for 1,600 and more",
+    "init": "the KV of a whole training row, prompt and target",
+    "length": "auto, by the number of rows: 32 for 100, 64 for 400 and more",
 }
 
 

@@ -89,8 +89,8 @@ def train(
     Args:
         model: hub name, folder, .gguf file or demo.
         data: rows to train on, see `prefixtune.data.load_rows`; `eval_data` likewise.
-        prefix_options: fields of PrefixConfig. Without `init` the prefix starts from the KV of the first
-            training rows.
+        prefix_options: fields of PrefixConfig. Without `init` the prefix starts from the KV of a whole
+            training row, prompt and target.
         resume: go on from the last checkpoint in `output`, exactly as if never interrupted.
         overwrite: replace the run in `output`.
         force: begin although the memory will not do, by the estimate.
