@@ -298,7 +298,7 @@ def test_results_hold_the_columns_and_what_they_carry(folder: Folder) -> None:
     found = json.loads((folder.path / "out" / "results.json").read_text(encoding="utf-8"))
     assert found == json.loads(folder.first.stdout)
     (row,) = found["rows"]
-    assert row["trainable_parameters"] == 8 * 64  # the length for so few rows
+    assert row["trainable_parameters"] == 9 * 64  # the length for so few rows
     assert row["metrics"] == {}
     assert row["forgetting"] == {"mean": None, "std": None}
     cell = json.loads((folder.path / "out" / "cells" / "prefix-1.json").read_text(encoding="utf-8"))
@@ -341,7 +341,7 @@ def test_report_makes_the_page_again_from_the_folder(folder: Folder) -> None:
     result = invoke("report", folder.path / "out")
     assert result.exit_code == 0, result.stderr
     row = json.loads(folder.first.stdout)["rows"][0]
-    assert f"| prefix | 512 | {row['file_bytes'] / 1000:.2f} kB |" in page.read_text(encoding="utf-8")
+    assert f"| prefix | 576 | {row['file_bytes'] / 1000:.2f} kB |" in page.read_text(encoding="utf-8")
     for name in ("loss", "quality_memory", "quality_time"):
         assert f"]({name}.png)" in page.read_text(encoding="utf-8")
         assert (folder.path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
