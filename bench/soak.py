@@ -242,8 +242,9 @@ async def soak(url: str, process: psutil.Process, known: Known, served: Path, op
                         seen.counts["by schema"] += ask_by_schema(
                             other, operation, mode, key=ADMIN_KEY, number=draw.randrange(2**32), examples=10
                         )
-                    except Exception as error:  # checks raise their own, a lost connection httpx's
-                        seen.violated(f"by schema: {operation.label} {mode.value}: {error!r}")
+                    except (Exception, BaseExceptionGroup) as error:  # a failed check, a lost connection
+                        said = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
+                        seen.violated(f"by schema: {operation.label} {mode.value}: {said!r}")
 
         seeds = range(options["seed"] + 1, options["seed"] + 1 + options["clients"])
         await asyncio.gather(meanwhile(), asyncio.to_thread(by_schema), *map(one, seeds))
