@@ -27,7 +27,8 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"device {name!r} cannot be used: {said}") from None
     return device
 
 
