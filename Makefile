@@ -46,8 +46,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/attach.py
 	$(BIN)/python bench/training.py --data $(BENCH_DATA)
 
+# vLLM is measured beside the others where `make test-vllm` has made its environment
 bench-serve: $(VENV)/.installed
-	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/serve.py $(if $(wildcard $(VENV_VLLM)/.installed),--vllm $(VENV_VLLM))
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python bench/gpu.py

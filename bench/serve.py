@@ -1,9 +1,10 @@
-"""Many clients, each with a prefix of its own: the server, the same load without prefixes, and PEFT.
+"""Many clients, each with a prefix of its own: the server, the same load without prefixes, PEFT, and vLLM.
 
 Run: make bench-serve, or python bench/serve.py [--clients 32] [--requests 96] [--rate 50] [--new-tokens 32]
 Writes bench/results/serve.json and prints the table. Arrivals are Poisson; a client asks for the next answer
 when it has the last one. PEFT is one model with an adapter per client, switched request by request, in this
-process and without HTTP; the server is `prefixtune serve` in a process of its own, and pays for HTTP.
+process and without HTTP; the server is `prefixtune serve` in a process of its own, and pays for HTTP. vLLM is
+measured where `make test-vllm` has made its environment: an export of the same prefixes, over HTTP too.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import json
 import math
 import os
 import random
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ import httpx
 import psutil
 
 from machine import command, describe_machine, versions
+from servers import export_for_vllm, start_server, start_vllm, stop
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 PEFT, BASE = "PEFT, adapters switched", "base only"
-START_SECONDS = 600  # a .gguf file takes its time on a busy machine
+VLLM, VLLM_BASE = "vLLM, {} prefixes", "vLLM, base only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +55,26 @@ class Timed:
 
 
 def make_load(
-    *, clients: int, requests: int, rate: float, new_tokens: int, vocabulary: int, seed: int
+    *,
+    clients: int,
+    requests: int,
+    rate: float,
+    new_tokens: int,
+    vocabulary: int,
+    seed: int,
+    without: int | None = None,
 ) -> Load:
-    """Prompts of 8 to 256 tokens, log-normal around 48, as people's messages are."""
+    """Prompts of 8 to 256 tokens, log-normal around 48, as people's messages are; `without` is in none."""
     draw, now, arrivals = random.Random(seed), 0.0, []
     for _ in range(requests):
         now += draw.expovariate(rate)
         arrivals.append(now)
     lengths = [min(256, max(8, round(math.exp(draw.gauss(math.log(48), 0.7))))) for _ in arrivals]
+    prompts = [[draw.randrange(5, vocabulary) for _ in range(length)] for length in lengths]
     return Load(
         arrivals=arrivals,
         clients=[number % clients for number in range(requests)],
-        prompts=[[draw.randrange(5, vocabulary) for _ in range(length)] for length in lengths],
+        prompts=[[5 if token == without else token for token in prompt] for prompt in prompts],
         new_tokens=new_tokens,
     )
 
@@ -98,34 +108,6 @@ async def ask_server(url: str, load: Load, *, with_prefix: bool) -> list[Timed]:
             return timed
 
         return list(await asyncio.gather(*(ask(number) for number in range(len(load.arrivals)))))
-
-
-def start_server(
-    model: str,
-    prefixes: Path,
-    dtype: str,
-    rows: int,
-    *,
-    name: str = "bench",
-    options: Sequence[str] = (),
-    log: Path = Path(os.devnull),
-) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    line = ["-c", "from prefixtune.cli import main; main()", "serve", "--model", model, "--dtype", dtype]
-    line += ["--prefix-dir", str(prefixes), "--served-name", name, "--port", str(port), "--rows", str(rows)]
-    line += options
-    with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, *line], stderr=stderr, env=dict(os.environ))
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/healthz").status_code == 200:
-                return process, url
-        except httpx.TransportError:
-            time.sleep(0.2)
-    process.kill()
-    raise click.ClickException("the server did not start")
 
 
 # --- PEFT
@@ -190,8 +172,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
+    """Of the process, and of those that it started."""
+    times = [process.cpu_times()]
+    if process.pid != os.getpid():  # our own children are the servers
+        times += [child.cpu_times() for child in process.children(recursive=True)]
+    return sum(each.user + each.system for each in times)
 
 
 def figures(answers: Sequence[Timed], *, cpu: float) -> dict[str, float]:
@@ -227,6 +212,34 @@ def write_prefixes(base: Any, folder: Path, *, clients: int, length: int) -> Non
         PrefixModel(base, PrefixKV.from_tokens(base, ids)).save_pretrained(folder / f"c{client}")
 
 
+def report_of(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any]:
+    """The best round of each, and how ours compares."""
+    best = {name: max(found, key=lambda run: run["tokens_per_second"]) for name, found in runs.items()}
+    rates = {name: run["tokens_per_second"] for name, run in best.items()}
+    computed = {name: min(run["cpu_per_token"] for run in found) for name, found in runs.items()}
+    return {
+        "best": {name: {**run, "cpu_per_token": computed[name]} for name, run in best.items()},
+        "times_peft": rates[ours] / rates[PEFT],
+        "of_base_only": rates[ours] / rates[BASE],
+        "times_peft_by_cpu": computed[PEFT] / computed[ours],
+        "of_base_only_by_cpu": computed[BASE] / computed[ours],
+        "times_others": {name: rates[ours] / rate for name, rate in rates.items() if name != ours},
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    head = ("", "tok/s", "CPU per token", "first token p50", "p99", "next token p50", "p99")
+    click.echo("".join(f"{cell:>26}" if place == 0 else f"{cell:>17}" for place, cell in enumerate(head)))
+    for name, run in report["best"].items():
+        keys = ("first_token_p50", "first_token_p99", "next_token_p50", "next_token_p99")
+        cells = [f"{run['tokens_per_second']:.1f}", f"{1000 * run['cpu_per_token']:.1f} ms"]
+        cells += (f"{run[key]:.3f} s" for key in keys)
+        click.echo(f"{name:>26}" + "".join(f"{cell:>17}" for cell in cells))
+    click.echo(f"\n{report['times_peft']:.1f} times PEFT, {report['of_base_only']:.2f} of base only")
+    by_cpu = (report["times_peft_by_cpu"], report["of_base_only_by_cpu"])
+    click.echo("by CPU time per token: {:.1f} and {:.2f}".format(*by_cpu))
+
+
 @click.command()
 @click.option("--model", default="demo", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
@@ -238,7 +251,14 @@ def write_prefixes(base: Any, folder: Path, *, clients: int, length: int) -> Non
 )
 @click.option("--rate", default=50.0, show_default=True, help="arrivals per second, on average")
 @click.option("--new-tokens", default=32, show_default=True)
-@click.option("--rounds", default=2, show_default=True, help="of the three contestants, in turns")
+@click.option("--rounds", default=2, show_default=True, help="of all contestants, in turns")
+@click.option(
+    "--vllm",
+    "vllm_environment",
+    type=click.Path(path_type=Path),
+    help="an environment with vLLM and prefixtune-vllm  [default: without]",
+)
+@click.option("--reserved-token", help="of vLLM's export  [default: <empty_output> for demo]")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS)
 def main(
     model: str,
@@ -250,45 +270,61 @@ def main(
     rate: float,
     new_tokens: int,
     rounds: int,
+    vllm_environment: Path | None,
+    reserved_token: str | None,
     output: Path,
 ) -> None:
     import torch
 
     from prefixtune.load import load_base
 
+    ours = f"{clients} prefixes"
     runs: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         base = load_base(model, dtype=dtype).model
+        precision = str(base.dtype).removeprefix("torch.")
+        write_prefixes(base, place / "prefixes", clients=clients, length=length)
         made = {"clients": clients, "rate": rate, "new_tokens": new_tokens, "seed": 0}
         made["vocabulary"] = base.config.vocab_size
+        if vllm_environment is None:
+            click.echo("vLLM is left out: --vllm names its environment (make test-vllm makes one)", err=True)
+        else:
+            made["without"] = export_for_vllm(
+                model,
+                sorted((place / "prefixes").iterdir()),
+                precision,
+                place / "export",
+                reserved_token=reserved_token or ("<empty_output>" if model == "demo" else None),
+            )
         load, few = (make_load(requests=count, **made) for count in (requests, peft_requests))
-        precision = str(base.dtype).removeprefix("torch.")
-        write_prefixes(base, Path(folder), clients=clients, length=length)
         peft = peft_model(base, clients=clients, length=length)
-        process, url = start_server(model, Path(folder), precision, clients)
-        own, servers = psutil.Process(), psutil.Process(process.pid)
         contestants: dict[str, tuple[psutil.Process, Callable[[], list[Timed]]]] = {
-            PEFT: (own, lambda: ask_peft(peft, few)),
-            BASE: (servers, lambda: asyncio.run(ask_server(url, load, with_prefix=False))),
-            f"{clients} prefixes": (servers, lambda: asyncio.run(ask_server(url, load, with_prefix=True))),
+            PEFT: (psutil.Process(), lambda: ask_peft(peft, few))
         }
-        try:
+
+        def enter(process: subprocess.Popen[bytes], url: str, *names: str) -> None:
+            """Two contestants, without prefixes and with, on a server that is warmed up."""
+            stack.callback(stop, process)
             warm = make_load(requests=clients, **made | {"new_tokens": 4})
-            asyncio.run(ask_server(url, warm, with_prefix=True))
-            for _ in range(rounds):
-                for name, (computes, ask) in contestants.items():
-                    before = cpu_seconds(computes)
-                    answers = ask()
-                    found = figures(answers, cpu=cpu_seconds(computes) - before)
-                    runs.setdefault(name, []).append(found)
-        finally:
-            process.terminate()
-            process.wait(60)
-    best = {name: max(found, key=lambda run: run["tokens_per_second"]) for name, found in runs.items()}
-    rates = {name: run["tokens_per_second"] for name, run in best.items()}
-    computed = {name: min(run["cpu_per_token"] for run in found) for name, found in runs.items()}
-    ours, our_cpu = rates[f"{clients} prefixes"], computed[f"{clients} prefixes"]
-    report = {
+            for name, with_prefix in zip(names, (False, True), strict=True):
+                asyncio.run(ask_server(url, warm, with_prefix=with_prefix))
+                asked = partial(ask_server, url, load, with_prefix=with_prefix)
+                contestants[name] = (psutil.Process(process.pid), lambda asked=asked: asyncio.run(asked()))
+
+        started = start_server(model, place / "prefixes", precision, clients, log=place / "log")
+        enter(*started, BASE, ours)
+        if vllm_environment is not None:
+            started = start_vllm(vllm_environment, place / "export", clients, log=place / "log-vllm")
+            enter(*started, VLLM_BASE, VLLM.format(clients))
+        for _ in range(rounds):
+            for name, (computes, ask) in contestants.items():
+                before = cpu_seconds(computes)
+                answers = ask()
+                found = figures(answers, cpu=cpu_seconds(computes) - before)
+                runs.setdefault(name, []).append(found)
+    report = report_of(runs, ours)
+    about = {
         "command": command(),
         "machine": describe_machine(),
         "threads": torch.get_num_threads(),
@@ -297,23 +333,10 @@ def main(
         "versions": versions(),
         "settings": {**made, "model": model, "length": length, "requests": requests},
         "runs": runs,
-        "times_peft": ours / rates[PEFT],
-        "of_base_only": ours / rates[BASE],
-        "times_peft_by_cpu": computed[PEFT] / our_cpu,
-        "of_base_only_by_cpu": computed[BASE] / our_cpu,
     }
     output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    head = ("", "tok/s", "CPU per token", "first token p50", "p99", "next token p50", "p99")
-    click.echo("".join(f"{cell:>26}" if place == 0 else f"{cell:>17}" for place, cell in enumerate(head)))
-    for name, run in best.items():
-        keys = ("first_token_p50", "first_token_p99", "next_token_p50", "next_token_p99")
-        cells = [f"{run['tokens_per_second']:.1f}", f"{1000 * computed[name]:.1f} ms"]
-        cells += (f"{run[key]:.3f} s" for key in keys)
-        click.echo(f"{name:>26}" + "".join(f"{cell:>17}" for cell in cells))
-    click.echo(f"\n{report['times_peft']:.1f} times PEFT, {report['of_base_only']:.2f} of base only")
-    by_cpu = (report["times_peft_by_cpu"], report["of_base_only_by_cpu"])
-    click.echo("by CPU time per token: {:.1f} and {:.2f}".format(*by_cpu))
+    output.write_text(json.dumps({**about, **report}, indent=2) + "\n", encoding="utf-8")
+    print_table(report)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import click
 import httpx
 import psutil
 
-from serve import start_server
+from servers import start_server
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from bad_requests import BODIES, CHAT, OF_THE_TINY_MODEL, REQUESTS, TEXT
