@@ -227,6 +227,10 @@ def report_of(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, A
     }
 
 
+def tell(what: str) -> None:
+    click.echo(what, err=True)
+
+
 def print_table(report: dict[str, Any]) -> None:
     head = ("", "tok/s", "CPU per token", "first token p50", "p99", "next token p50", "p99")
     click.echo("".join(f"{cell:>26}" if place == 0 else f"{cell:>17}" for place, cell in enumerate(head)))
@@ -288,8 +292,9 @@ def main(
         made = {"clients": clients, "rate": rate, "new_tokens": new_tokens, "seed": 0}
         made["vocabulary"] = base.config.vocab_size
         if vllm_environment is None:
-            click.echo("vLLM is left out: --vllm names its environment (make test-vllm makes one)", err=True)
+            tell("vLLM is left out: --vllm names its environment (make test-vllm makes one)")
         else:
+            tell(f"exporting {clients} prefixes for vLLM, each with its canary …")
             made["without"] = export_for_vllm(
                 model,
                 sorted((place / "prefixes").iterdir()),
@@ -312,9 +317,11 @@ def main(
                 asked = partial(ask_server, url, load, with_prefix=with_prefix)
                 contestants[name] = (psutil.Process(process.pid), lambda asked=asked: asyncio.run(asked()))
 
+        tell("starting the server …")
         started = start_server(model, place / "prefixes", precision, clients, log=place / "log")
         enter(*started, BASE, ours)
         if vllm_environment is not None:
+            tell("starting vLLM, which compiles and asks each canary …")
             started = start_vllm(vllm_environment, place / "export", clients, log=place / "log-vllm")
             enter(*started, VLLM_BASE, VLLM.format(clients))
         for _ in range(rounds):
@@ -323,6 +330,7 @@ def main(
                 answers = ask()
                 found = figures(answers, cpu=cpu_seconds(computes) - before)
                 runs.setdefault(name, []).append(found)
+                tell(f"{name}: {found['tokens_per_second']:.1f} tokens/s in {found['seconds']:.0f} s")
     report = report_of(runs, ours)
     about = {
         "command": command(),
