@@ -240,7 +240,13 @@ async def soak(url: str, process: psutil.Process, known: Known, served: Path, op
                     operation, mode = draw.choice(operations), draw.choice(MODES)
                     try:
                         seen.counts["by schema"] += ask_by_schema(
-                            other, operation, mode, key=ADMIN_KEY, number=draw.randrange(2**32), examples=10
+                            other,
+                            operation,
+                            mode,
+                            key=ADMIN_KEY,
+                            number=draw.randrange(2**32),
+                            examples=10,
+                            spared=known.versions,
                         )
                     except (Exception, BaseExceptionGroup) as error:  # a failed check, a lost connection
                         said = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
