@@ -254,7 +254,7 @@ class TrainConfig(_Config):
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     retain: float = option(
-        0.5,
+        0.1,
         "weight of staying close to the bare model on text that it samples itself (nats per token beside the "
         "task's loss): less is forgotten; 0 switches it off",
     )
