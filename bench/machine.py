@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefixtune.compare import describe_machine, shown_command, versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "command",
@@ -19,6 +23,10 @@ __all__ = [
 ]
 
 PEAK_SIZE, PEAK_RUNS = 2048, 12
+SMALL_SIZE, SLOW_SECONDS = (
+    512,
+    0.1,
+)  # a processor without a dtype's instructions takes a minute for a large one
 
 
 def matmul_peak() -> dict[str, float]:
@@ -26,14 +34,24 @@ def matmul_peak() -> dict[str, float]:
     import torch
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    matrices = {name: torch.randn(PEAK_SIZE, PEAK_SIZE).to(kind) for name, kind in kinds.items()}
+    small = {name: torch.randn(SMALL_SIZE, SMALL_SIZE).to(kind) for name, kind in kinds.items()}
+    matrices = {
+        name: torch.randn(PEAK_SIZE, PEAK_SIZE).to(kinds[name])
+        if min(_seconds(matrix) for _ in range(2)) < SLOW_SECONDS
+        else matrix
+        for name, matrix in small.items()
+    }
     best = dict.fromkeys(kinds, float("inf"))
     for _ in range(PEAK_RUNS):
         for name, matrix in matrices.items():
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: 2 * PEAK_SIZE**3 / seconds for name, seconds in best.items()}
+            best[name] = min(best[name], _seconds(matrix))
+    return {name: 2 * len(matrices[name]) ** 3 / seconds for name, seconds in best.items()}
+
+
+def _seconds(matrix: Tensor) -> float:
+    start = time.perf_counter()
+    matrix @ matrix
+    return time.perf_counter() - start
 
 
 def command() -> str:
