@@ -23,10 +23,9 @@ __all__ = [
 ]
 
 PEAK_SIZE, PEAK_RUNS = 2048, 12
-SMALL_SIZE, SLOW_SECONDS = (
-    512,
-    0.1,
-)  # a processor without a dtype's instructions takes a minute for a large one
+# a processor without a dtype's instructions takes a minute for a large matrix:
+# where a small one is slow, that one is measured
+SMALL_SIZE, SLOW_SECONDS = 512, 0.1
 
 
 def matmul_peak() -> dict[str, float]:
