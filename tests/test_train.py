@@ -542,7 +542,7 @@ def easy(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def spoilt(place: Path) -> Path:
     """A run that is evaluated on other answers than it learns, so that it gets worse after its best step."""
-    lines = (place / "eval.jsonl").read_text().replace("yes", "yet")
+    lines = (place / "eval.jsonl").read_text().replace("yes", "nos")
     (place / "other.jsonl").write_text(lines)
     more = ["--length", 8, "--max-steps", 40, "--eval-steps", 4, "--eval-data", place / "other.jsonl"]
     more += ["--learning-rate", 0.3, "--lr-scheduler-type", "constant"]
