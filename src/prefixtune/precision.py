@@ -12,6 +12,7 @@ __all__ = ["choose_dtype", "device_of"]
 
 PROBE_SIZE = 512  # rows and columns of the matmul that decides the precision
 PROBE_RUNS = 5
+HOPELESS = 0.1  # a processor without bfloat16 of its own takes a second for each run: two show it
 BF16_GAIN = 1.3  # below this, bfloat16's rounding buys too little time
 
 
@@ -52,7 +53,8 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     gain = _bfloat16_gain(device)
     if gain >= BF16_GAIN:
         return torch.bfloat16, f"bfloat16: a matmul is {gain:.1f}x faster than float32 here"
-    return torch.float32, f"float32: a matmul in bfloat16 is only {gain:.1f}x as fast here"
+    slower = f"takes {1 / gain:.0f}x as long" if gain < 0.5 else f"is only {gain:.1f}x as fast"
+    return torch.float32, f"float32: a matmul in bfloat16 {slower} here"
 
 
 @torch.no_grad()
@@ -70,4 +72,6 @@ def _bfloat16_gain(device: torch.device) -> float:
             (matrix @ matrix)[0, 0].item()  # item: waits for devices that answer before they are done
             if run > 0:  # the first run sets up threads and kernels
                 taken.append(time.perf_counter() - start)
+        if run > 0 and min(seconds[0]) < HOPELESS * min(seconds[1]):
+            break
     return min(seconds[0]) / min(seconds[1])
