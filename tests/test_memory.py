@@ -354,9 +354,9 @@ def test_probe_counts_the_neutral_text_of_each_step(tmp_path: Path, monkeypatch:
 
 
 def write_model(folder: Path, *, stored: torch.dtype = torch.float32) -> Path:
-    """A model whose weights, logits and activations matter beside the process: 48 million parameters."""
+    """A model whose weights, logits and activations matter beside the process: 43 million parameters."""
     tokenizer = byte_tokenizer()
-    config = hf.GPT2Config(vocab_size=20_000, n_embd=512, n_layer=12, n_head=8, n_positions=512)
+    config = hf.GPT2Config(vocab_size=20_000, n_embd=640, n_layer=6, n_head=8, n_positions=512)
     torch.manual_seed(0)
     hf.GPT2LMHeadModel(config).to(stored).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -432,7 +432,7 @@ def test_estimate_is_within_15_percent_of_the_process_peak(place: Path, options:
 
 
 def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(place: Path) -> None:
-    options = ["--dtype", "float32", "--max-steps", 6, "--save-steps", 1, "--retain", 0]
+    options = ["--dtype", "float32", "--max-steps", 3, "--save-steps", 1, "--retain", 0]
     stopped = train(place, *options, output="full", limited=True)
     assert stopped.returncode == 1, stopped.stderr
     assert "the memory is full" in stopped.stderr
@@ -442,7 +442,7 @@ def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(place: Path) -> 
     resumed = train(place, *options, "--resume", output="full")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
-    assert json.loads(resumed.stdout)["steps"] == 6
+    assert json.loads(resumed.stdout)["steps"] == 3
 
 
 def test_training_is_refused_before_it_begins_where_it_cannot_fit(

@@ -57,7 +57,17 @@ class Setup:
     @property
     def tokens(self) -> int:
         """Of the largest pass, padding included."""
-        return sum(self.lengths) if self.packing else len(self.lengths) * max(self.lengths)
+        return self._tokens(self.lengths)
+
+    @property
+    def evaluation_may_take_more(self) -> bool:
+        """It keeps no activations: a pass that is no larger than training's takes less."""
+        if not self.eval_lengths:
+            return False
+        return self._tokens(self.eval_lengths) > self.tokens or max(self.eval_lengths) > max(self.lengths)
+
+    def _tokens(self, lengths: tuple[int, ...]) -> int:
+        return sum(lengths) if self.packing else len(lengths) * max(lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +92,19 @@ class StepBytes:
 
 
 def training_step(model: PrefixModel, setup: Setup) -> None:
-    """The passes of an optimizer step as the trainer runs them: change it here when the trainer changes."""
+    """The pass of an optimizer step that takes most, run as the trainer does: change both together.
+
+    Where there are several it is one of the later, which finds the gradients of those before it.
+    """
     made = [tensor for pair in model.prefix() for tensor in pair]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
     pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
     rows = rows_of(setup.lengths, setup, width=model.geometry.hidden_size)
-    for _ in range(min(setup.passes, 2)):
-        with _passes(model, setup).loss(rows, pairs) as loss:
-            (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
+    for leaf in leaves if setup.passes > 1 else ():
+        if leaf.requires_grad:
+            leaf.grad = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    with _passes(model, setup).loss(rows, pairs) as loss:
+        (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
     trained = [(tensor, leaf.grad) for tensor, leaf in zip(made, leaves, strict=True) if tensor.requires_grad]
     torch.autograd.backward([tensor for tensor, _ in trained], [gradient for _, gradient in trained])
 
@@ -136,7 +151,7 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
         torch.nn.utils.clip_grad_norm_(model.prefix.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if setup.eval_lengths:
+        if setup.evaluation_may_take_more:
             model.eval()
             with torch.no_grad():
                 evaluation_step(model, setup)
