@@ -410,6 +410,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PEAKS = {
     "float32": "--dtype float32 --max-steps 2",  # with neutral text, which the others do without: a minute
     "bfloat16-checkpointing": "--dtype bfloat16 --gradient-checkpointing --retain 0 --limit 2 --max-steps 1",
+    "checkpointing": "--dtype float32 --gradient-checkpointing --retain 0 --max-steps 2",
     "projection": "--dtype float32 --projection --per-device-train-batch-size 2 --retain 0 --max-steps 2",
     "long-packs": "--dtype float32 --packing-length 1024 --retain 0 --max-steps 2",
     "unpacked": "--dtype float32 --no-packing --retain 0 --max-steps 2",

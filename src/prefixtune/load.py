@@ -21,6 +21,7 @@ from prefixtune.demo import CACHE_VARIABLE, demo_copy, demo_file, new_demo_copy
 from prefixtune.errors import MissingExtraError, ModelError
 from prefixtune.geometry import text_config
 from prefixtune.precision import choose_dtype, device_of
+from prefixtune.progress import note
 from prefixtune.quantize import check_scheme, quantization, quantize_base
 
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
@@ -200,13 +201,11 @@ def _copied(source: _Source) -> _Source:
         return source
     folder = demo_copy(Path(source.path, source.gguf_file))
     try:
-        message = f"demo: dequantising it, this once, into {folder} …"
-        with new_demo_copy(folder) as half, _quiet(message):
+        with new_demo_copy(folder) as half, _quiet(f"demo: dequantising it, this once, into {folder} …"):
             _read_model(source, torch.float32).save_pretrained(half)
             _read_tokenizer(source).save_pretrained(half)
     except (OSError, SafetensorError) as error:
-        told = f"demo: no copy that loads faster can be kept: {error}; {CACHE_VARIABLE} names another folder"
-        print(told, file=sys.stderr)
+        note(f"demo: no copy that loads faster can be kept: {error}; {CACHE_VARIABLE} names another folder")
         return source
     return _demo()
 
