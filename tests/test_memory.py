@@ -161,6 +161,15 @@ def test_checkpointing_keeps_one_layer_and_the_layers_inputs() -> None:
     assert measure_step(small(num_hidden_layers=8, **shapes), setup()).activations > 3 * many.activations
 
 
+def test_evaluation_counts_where_its_pass_is_the_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = measure_step(small(), setup()).total
+    short = setup(eval_lengths=setup().lengths)
+    assert measure_step(small(), short).total == plain
+    assert measure_step(small(), setup(eval_lengths=(200,) * 60)).total > plain
+    monkeypatch.setattr(Setup, "evaluation_may_take_more", True)  # what is left out takes no more indeed
+    assert measure_step(small(), short).total == plain
+
+
 def test_accumulation_keeps_gradients_beside_the_activations() -> None:
     projected = PrefixConfig(length=10, projection=True, hidden_size=512)
     one, two = (measure_step(small(), setup(prefix=projected, passes=n)) for n in (1, 2))
