@@ -16,7 +16,7 @@ from torch.nn import functional as F
 __all__ = ["IGNORED", "STEP", "chunked_cross_entropy", "chunked_divergence", "wide"]
 
 STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
-CHUNK_NUMBERS = 16 * 2**20  # logits at a time: 32 MiB in bfloat16
+CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
 SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 IGNORED = -100
 Head = Callable[[Tensor], Tensor]

@@ -148,6 +148,10 @@ class Geometry:
             _PROBED[base] = geometry
         return geometry
 
+    def stands_for(self, twin: nn.Module) -> None:
+        """Let `probe` answer this for a copy whose numbers mean nothing, in place of running it."""
+        _PROBED[twin] = self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:

@@ -134,6 +134,7 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
     geometry = Geometry.probe(base)
     model = PrefixModel(copy.deepcopy(base), _empty_kv(geometry, setup.prefix.length))
     fake_copy_in_place(model.base_model, tracker, device=setup.device, dtype=setup.dtype)
+    geometry.stands_for(model.base_model)
     weights = tracker.live
     with tracker:
         kv = _empty_kv(geometry, setup.prefix.length, device=setup.device)

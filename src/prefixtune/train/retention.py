@@ -27,7 +27,7 @@ __all__ = ["PER_STEP", "SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_
 TEXTS, TOKENS = 64, 64
 SHORTEST = 4  # tokens of a text that says anything
 PER_STEP = 2  # of the texts in an optimizer step
-BATCH = 16  # a sample depends on its batch, so the size is no option
+BATCH = 32  # few steps, as each reads all weights; a sample depends on its batch, so the size is no option
 
 
 @dataclass
