@@ -94,7 +94,7 @@ def quickstart(output: Path) -> Quickstart:
         load_rows("demo:heldout"),
         data,
         max_new_tokens=LONGEST_ANSWER,
-        batch_size=40,
+        batch_size=60,
     )
     end = time.perf_counter()
     assert found.base_exact_match is not None
