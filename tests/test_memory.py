@@ -34,7 +34,7 @@ from tokenizers_for_tests import byte_tokenizer
 MIB, GIB = 2**20, 2**30
 PLENTY = 2**60
 TOLERANCE = 0.15  # of the measured peak
-FEW = 4  # rows of a step: two passes of the full size
+FEW = 5  # rows of a step: more than one pass of 512 tokens
 
 
 # --- the tracker -------------------------------------------------------------------------------------------
@@ -176,6 +176,13 @@ def test_accumulation_keeps_gradients_beside_the_activations() -> None:
     one, two = (measure_step(small(), setup(prefix=projected, passes=n)) for n in (1, 2))
     assert 0 <= two.total - one.total <= one.gradients
     assert (two.weights, two.prefix, two.gradients) == (one.weights, one.prefix, one.gradients)
+
+
+def test_a_copy_without_weights_is_not_asked_for_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("prefixtune.geometry._counts_the_mask", lambda base: bool(asked.append(base)))
+    measure_step(small(), setup())
+    assert not asked
 
 
 @pytest.mark.parametrize("family", FAMILIES)
