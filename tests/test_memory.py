@@ -327,6 +327,22 @@ def test_full_memory_is_told_with_the_hint_and_other_errors_are_not() -> None:
         raise RuntimeError("other")
 
 
+# The last is what torch's dispatch ends in.
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, SystemError])
+def test_advice_that_fails_for_want_of_memory_is_the_plain_one(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefixtune.train.forecast as room
+
+    def starve(*args: Any, **options: Any) -> None:
+        raise error("returned NULL without setting an exception")
+
+    monkeypatch.setattr(room, "_estimate", starve)
+    told = room.advice_for(None, None)  # type: ignore[arg-type]
+    assert told.startswith("--gradient-checkpointing, a smaller batch or shorter rows")
+    assert "--resume" in told
+
+
 # --- the command and the run -------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def advice_for(model: PrefixModel, setup: Setup) -> str:
     again = "--resume goes on from the last checkpoint, where there is one"
     try:
         return f"{_estimate(model, setup, advise=True).hint}\n{again}"
-    except (MemoryError, RuntimeError):  # nothing is left to estimate with
+    except Exception:  # nothing is left to estimate with; torch's dispatch ends in a SystemError then
         return f"--gradient-checkpointing, a smaller batch or shorter rows need less\n{again}"
 
 
