@@ -220,6 +220,21 @@ def test_half_written_checkpoint_is_passed_over(place: Path, copied: Any, name: 
     assert bits(cut) == bits(whole)
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_checkpoint_with_the_state_of_another_optimizer_is_refused(place: Path, copied: Any) -> None:
+    """Keys and values were trained with AdamW before HeadwiseSoap."""
+    _, cut, more = copied
+    for folder in cut.glob("checkpoint-*"):
+        if (folder / "optimizer.pt").exists():
+            state = torch.load(folder / "optimizer.pt")
+            for kept in state["state"].values():
+                del kept["covariance"], kept["basis"]
+            torch.save(state, folder / "optimizer.pt")
+    told = fail(*options(place, cut, *more, "--resume"), code=1)
+    assert "optimizer.pt cannot be used" in told
+    assert "--overwrite" in told
+
+
 @pytest.mark.parametrize("more", [LONG_RUN, SHORT_RUN])  # ends with an epoch, ends within one
 def test_finished_run_resumed_is_left_as_it_is(place: Path, tmp_path: Path, more: list[Any]) -> None:
     run = tmp_path / "run"

@@ -251,7 +251,7 @@ class TrainConfig(_Config):
         "schedule of the learning rate after warm-up",
         choices=("linear", "cosine", "constant", "constant_with_warmup"),
     )
-    weight_decay: float = option(0.0, "AdamW weight decay")
+    weight_decay: float = option(0.0, "decoupled weight decay, as in AdamW")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     retain: float = option(
         0.1,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prefixtune.config import PrefixConfig, chosen_layers
 from prefixtune.errors import ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval
+from prefixtune.optimizer import HeadwiseSoap
 
 __all__ = ["LayerKV", "Prefix", "PrefixKV", "count_parameters", "fit_length", "measured_noise"]
 
@@ -235,7 +236,7 @@ class Prefix(nn.Module):
         return [pairs[number] for number in range(len(pairs))]
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
-        """Groups for an optimizer such as AdamW, whose steps are as large as its learning rate.
+        """Groups for an optimizer whose steps are as large as its learning rate, as AdamW's are.
 
         The keys of a layer, and its values, step in proportion to their size at the start (root mean square),
         which differs by a factor of 40 within one model: a step that moves one layer's values far is nothing
@@ -250,6 +251,23 @@ class Prefix(nn.Module):
         """
         groups: list[dict[str, Any]] = self.parameterisation.parameter_groups(rate)  # type: ignore[operator]
         return groups
+
+    def optimizer(self, rate: float, **options: Any) -> torch.optim.Optimizer:
+        """The optimizer that `train` uses, on `parameter_groups(rate)`; without weight decay unless given.
+
+        Keys and values train with `HeadwiseSoap` (docs/adr/0010), a projection's weights with AdamW.
+
+        Args:
+            rate: see `parameter_groups`.
+            options: betas, eps and weight_decay.
+
+        Example:
+            >>> optimizer = model.prefix.optimizer(5e-2)                           # doctest: +SKIP
+        """
+        options = {"weight_decay": 0.0, **options}
+        if isinstance(self.parameterisation, _DirectKV):
+            return HeadwiseSoap(self.parameter_groups(rate), **options)
+        return torch.optim.AdamW(self.parameter_groups(rate), fused=True, **options)
 
     @torch.no_grad()
     def bake(self) -> PrefixKV:

@@ -92,7 +92,7 @@ def test_trainer_moves_the_prefix_and_nothing_else(
     model = fresh(family, projection=projection)
     base = {name: weights.clone() for name, weights in model.base_model.state_dict().items()}
     start, before = tensors(model), target_loss(model)
-    rate = 0.005 if projection else 0.05
+    rate = 0.005 if projection else 0.1
     trainer(kind, model, tmp_path, learning_rate=rate).train()
     assert target_loss(model) < 0.9 * before
     assert all(not torch.equal(now, then) for now, then in zip(tensors(model), start, strict=True))
@@ -108,9 +108,10 @@ def test_first_step_moves_the_keys_and_the_values_of_each_layer_by_the_same_shar
     made = trainer("ours", model, tmp_path, max_steps=1, learning_rate=0.02, logging_steps=1)
     made.train()
     assert made.state.log_history[0]["learning_rate"] == pytest.approx(0.02)
-    for now, then in zip(tensors(model), start, strict=True):
+    for now, then in zip(model.prefix.parameters(), start, strict=True):
         size = float(then[:, 1:].square().mean().sqrt())  # the first token is where attention is parked
-        assert float((now - then).abs().max()) == pytest.approx(0.02 * size, rel=1e-2)
+        moved = (now - then) @ made.optimizer.state[now]["basis"]  # along the gradient's directions
+        assert float(moved.abs().max()) == pytest.approx(0.02 * size, rel=1e-2)
 
 
 def test_sizes_of_zero_train_too(tmp_path: Path) -> None:

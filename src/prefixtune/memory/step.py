@@ -192,10 +192,9 @@ def _empty_kv(geometry: Geometry, length: int, *, device: str = "meta") -> Prefi
 
 
 def _optimizer_with_state(model: PrefixModel) -> torch.optim.Optimizer:
-    """AdamW as Trainer makes it, with the moments that it has from the second step on."""
-    parameters = list(model.prefix.parameters())
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    for parameter in parameters:
+    """The one that training uses, with what it keeps from its first step on."""
+    optimizer = model.prefix.optimizer(0.0)
+    for parameter in model.prefix.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()

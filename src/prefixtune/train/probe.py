@@ -32,7 +32,7 @@ def seconds_per_1000_rows(model: str, setup: Setup, config: TrainConfig) -> floa
     trained.train()
     if setup.checkpointing:
         trained.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(trained.prefix.parameters(), lr=0.0)
+    optimizer = trained.prefix.optimizer(0.0)
     once = replace(setup, passes=1)
     taken = []
     for _ in range(WARM_UP + STEPS):

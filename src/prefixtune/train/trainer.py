@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prefixtune.config import TrainConfig
-from prefixtune.errors import ConfigError, MissingExtraError
+from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
@@ -68,12 +68,26 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         return LengthGroupedSampler(self.lengths, size, seed=self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW on the groups of `Prefix.parameter_groups`."""
+        """The prefix's own (`Prefix.optimizer`); another one where the arguments' `optim` asks for it."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self.accelerator.unwrap_model(self.model).prefix.parameter_groups(options.pop("lr"))
-            self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **options)
+            prefix = self.accelerator.unwrap_model(self.model).prefix
+            rate, options["weight_decay"] = options.pop("lr"), self.args.weight_decay
+            if kind is torch.optim.AdamW:  # nothing was asked for
+                options.pop("fused", None)
+                self.optimizer = prefix.optimizer(rate, **options)
+            else:
+                self.optimizer = kind(prefix.parameter_groups(rate), **options)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise RunError(
+                f"{checkpoint}: its optimizer.pt cannot be used: {error}",
+                hint="a run of an earlier version cannot be resumed; --overwrite begins it anew",
+            ) from error
 
     def _get_learning_rate(self) -> float:
         """For the log: the rate that the groups are shares of."""

@@ -1,0 +1,126 @@
+"""The optimizer of keys and values: rotations of head_dim, where it is AdamW, and its state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from prefixtune.optimizer import EVERY, HeadwiseSoap
+
+HEADS, TOKENS, WIDTH = 2, 6, 4
+
+
+def rotation(generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH, dtype=torch.float64, generator=generator)).Q
+
+
+class Problem:
+    """Least squares in head_dim, far steeper along some directions than along others."""
+
+    def __init__(self, turn: torch.Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        axes = rotation(generator)
+        steepness = torch.tensor([30.0, 3.0, 0.3, 0.03], dtype=torch.float64)
+        self.map = axes * steepness  # [H, D, D]
+        self.wanted, start = torch.randn(2, HEADS, TOKENS, WIDTH, dtype=torch.float64, generator=generator)
+        self.turn = torch.eye(WIDTH, dtype=torch.float64) if turn is None else turn
+        self.parameter = torch.nn.Parameter(start @ self.turn)
+
+    def loss(self) -> torch.Tensor:
+        return ((self.parameter @ self.turn.mT - self.wanted) @ self.map).square().mean()
+
+    def train(self, optimizer: torch.optim.Optimizer, steps: int) -> float:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss().backward()
+            optimizer.step()
+        return self.loss().item()
+
+
+def test_rotation_of_head_dim_changes_nothing() -> None:
+    plain, turned = Problem(), Problem(rotation(torch.Generator().manual_seed(1)))
+    for problem in (plain, turned):
+        problem.train(HeadwiseSoap([problem.parameter], lr=0.02), 3 * EVERY)
+    torch.testing.assert_close(turned.parameter @ turned.turn.mT, plain.parameter, rtol=1e-4, atol=1e-4)
+
+
+def test_steep_and_flat_directions_are_learnt_in_fewer_steps_than_with_adamw() -> None:
+    ours, adamw = Problem(), Problem()
+    with_ours = ours.train(HeadwiseSoap([ours.parameter], lr=0.05), 100)
+    with_adamw = adamw.train(torch.optim.AdamW([adamw.parameter], lr=0.05, weight_decay=0.0), 100)
+    assert with_ours < 0.1 * with_adamw
+
+
+def test_heads_of_one_number_are_trained_as_by_adamw() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 5, 1), torch.randn(25, 3, 5, 1)  # one direction: no basis but the axis
+    found = []
+    for kind in (HeadwiseSoap, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = kind([parameter], lr=0.03, betas=(0.8, 0.95), weight_decay=0.1)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_saved_state_goes_on_to_the_bit() -> None:
+    whole, parts = Problem(), Problem()
+    whole.train(HeadwiseSoap([whole.parameter], lr=0.02), EVERY + 7)
+    first = HeadwiseSoap([parts.parameter], lr=0.02)
+    parts.train(first, EVERY - 3)
+    second = HeadwiseSoap([parts.parameter], lr=1.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    parts.train(second, 10)
+    assert torch.equal(parts.parameter, whole.parameter)
+
+
+def test_groups_have_rates_of_their_own_and_what_has_no_gradient_stays() -> None:
+    fast, slow, still = (torch.nn.Parameter(torch.ones(1, 2, 3)) for _ in range(3))
+    optimizer = HeadwiseSoap([{"params": [fast], "lr": 0.2}, {"params": [slow, still], "lr": 0.1}])
+    fast.grad, slow.grad = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
+    optimizer.step()
+    torch.testing.assert_close(1 - fast.detach(), 2 * (1 - slow.detach()))
+    assert torch.equal(still, torch.ones(1, 2, 3))
+
+
+def test_weights_of_a_projection_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[H, P, D\]; got \[4, 4\]"):
+        HeadwiseSoap([torch.nn.Parameter(torch.ones(4, 4))])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_is_seen_in_the_parameter(bad: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 3, 4))
+    parameter.grad = torch.full((2, 3, 4), bad)
+    HeadwiseSoap([parameter]).step()  # as with AdamW: no error here, and nothing that looks right
+    assert parameter.isnan().all()
+
+
+def test_rounding_errors_are_no_directions() -> None:
+    torch.manual_seed(0)
+    line = torch.randn(1, 1, 8)
+    parameter = torch.nn.Parameter(torch.zeros(1, 3, 8))
+    optimizer = HeadwiseSoap([parameter], lr=0.1)
+    for _ in range(3 * EVERY):
+        parameter.grad = torch.randn(1, 3, 1) * line + 1e-6 * torch.randn(1, 3, 8)
+        optimizer.step()
+    moved = parameter.detach()
+    along = moved @ line.mT @ line / line.square().sum()
+    assert along.abs().max() > 0.1
+    assert (moved - along).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_direction_that_is_new_late_is_no_leap(late: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1, 2, 4))
+    optimizer = HeadwiseSoap([parameter], lr=0.1)
+    for step in range(150):
+        parameter.grad = torch.zeros(1, 2, 4)
+        parameter.grad[..., 0 if step < 100 else late] = 1.0
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert (parameter - before).abs().max() < 0.3
