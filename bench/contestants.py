@@ -1,6 +1,6 @@
 """The contestants of both benchmarks by name, and the Trainer of each. Knows no clock and no process.
 
-All train on the same `Example`s, with Adam on what they train, 8 rows per optimizer step.
+All train on the same `Example`s, with Adam on what they train (ours in its own form), 8 rows per step.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class HeadwiseSoap(torch.optim.Optimizer):
     A layer's keys have their gradients from its queries, its values theirs through the output projection:
     both are far larger in some directions of head_dim than in others, and these directions are not the axes,
     along which AdamW scales its steps. Here the second moment is kept along the covariance's eigenvectors, so
-    that a rotation of head_dim, which the model cannot tell from another, does not change what is learnt.
+    that a rotation of head_dim does not change what is learnt.
     As in SOAP the first moment is kept unrotated; unlike it the virtual tokens' side is left alone.
 
     Args:
