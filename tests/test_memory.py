@@ -339,8 +339,10 @@ def test_advice_that_fails_for_want_of_memory_is_the_plain_one(
         raise error("returned NULL without setting an exception")
 
     monkeypatch.setattr(room, "_estimate", starve)
-    told = room.advice_for(None, None)  # type: ignore[arg-type]
+    unused: Any = None
+    told = room.advice_for(unused, unused)
     assert told.startswith("--gradient-checkpointing, a smaller batch or shorter rows")
+    assert error.__name__ in told
     assert "--resume" in told
 
 

@@ -197,8 +197,9 @@ def advice_for(model: PrefixModel, setup: Setup) -> str:
     again = "--resume goes on from the last checkpoint, where there is one"
     try:
         return f"{_estimate(model, setup, advise=True).hint}\n{again}"
-    except Exception:  # nothing is left to estimate with; torch's dispatch ends in a SystemError then
-        return f"--gradient-checkpointing, a smaller batch or shorter rows need less\n{again}"
+    except Exception as error:  # starved code fails anywhere, torch's dispatch with a SystemError
+        told = f"(no estimate: {type(error).__name__})"
+        return f"--gradient-checkpointing, a smaller batch or shorter rows need less {told}\n{again}"
 
 
 def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None) -> Estimate:

@@ -68,12 +68,12 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         return LengthGroupedSampler(self.lengths, size, seed=self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The prefix's own (`Prefix.optimizer`); another one where the arguments' `optim` asks for it."""
+        """The prefix's own (`Prefix.optimizer`), unless the arguments' `optim` is not their default."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             prefix = self.accelerator.unwrap_model(self.model).prefix
             rate, options["weight_decay"] = options.pop("lr"), self.args.weight_decay
-            if kind is torch.optim.AdamW:  # nothing was asked for
+            if self.args.optim == TrainingArguments.optim:  # its default: nothing was asked for
                 options.pop("fused", None)
                 self.optimizer = prefix.optimizer(rate, **options)
             else:
