@@ -198,41 +198,45 @@ def readable(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+Change = tuple[tuple[str, ...], dict[str, Any]]  # options as they are written, and what they set
+
+
 def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Changes to a run, the least painful first; the last is all of them at once."""
+    """Changes to a run, the least painful first; then all at once, each option as it was last."""
+    changes = [*_same_result(setup), *_other_result(setup)]
     together: dict[str, Any] = {}
-    words = []
-    for change, values in (*_same_result(setup), *_other_result(setup)):
-        yield change, replace(setup, **values)
+    last: dict[str, str] = {}
+    for options, values in changes:
+        yield " ".join(options), replace(setup, **values)
         together |= values
-        words.append(change)
-    if len(words) > 1:
-        yield " ".join(words), replace(setup, **together)
+        last |= {option.split()[0]: option for option in options}
+    if len(changes) > 1:
+        yield " ".join(last.values()), replace(setup, **together)
 
 
-def _same_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+def _same_result(setup: Setup) -> Iterator[Change]:
     """Changes that cost time and leave the gradient as it is."""
     if not setup.checkpointing:
-        yield "--gradient-checkpointing", {"checkpointing": True}
+        yield ("--gradient-checkpointing",), {"checkpointing": True}
     if setup.tokens > setup.longest:
         capacity = max(setup.longest, setup.tokens // 2)
-        yield f"--packing-length {capacity}", _in_passes_of(capacity, setup)
+        yield (f"--packing-length {capacity}",), _in_passes_of(capacity, setup)
 
 
-def _other_result(setup: Setup) -> Iterator[tuple[str, dict[str, Any]]]:
+def _other_result(setup: Setup) -> Iterator[Change]:
     if setup.dtype == torch.float32:
-        yield "--dtype bfloat16", {"dtype": torch.bfloat16}
+        yield ("--dtype bfloat16",), {"dtype": torch.bfloat16}
     if setup.quantize is None:
-        yield "--quantize int8", {"quantize": "int8"}
+        yield ("--quantize int8",), {"quantize": "int8"}
     if setup.quantize != "nf4":
-        yield "--quantize nf4", {"quantize": "nf4"}
+        yield ("--quantize nf4",), {"quantize": "nf4"}
     if setup.longest > SHORTEST:
         half = setup.longest // 2
         values = _in_passes_of(half, setup) | {"longest": half}
-        yield f"--max-length {half} --packing-length {half}", values
+        yield (f"--max-length {half}", f"--packing-length {half}"), values
     if setup.prefix.projection:
         direct = replace(setup.prefix, projection=False, hidden_size=None)
-        yield "--no-projection", {"prefix": direct}
+        yield ("--no-projection",), {"prefix": direct}
 
 
 def _in_passes_of(capacity: int, setup: Setup) -> dict[str, Any]:

@@ -187,28 +187,31 @@ def forecast(model: PrefixModel, setup: Setup, *, force: bool) -> Estimate:
     Raises:
         OutOfMemoryError: training cannot fit, and it is not forced.
     """
-    found = _estimate(model, setup, advise=None)
+    found = _estimate(model, setup, advise=None, so_far=measured_peak(setup.device))
     check_fit(found, force=force)
     return found
 
 
 def advice_for(model: PrefixModel, setup: Setup) -> str:
-    """What to do when the memory was full in spite of the estimate."""
+    """What to do when the memory was full in spite of the estimate.
+
+    The peak of this process is that of the run that failed, and no floor for another one.
+    """
     again = "--resume goes on from the last checkpoint, where there is one"
     try:
-        return f"{_estimate(model, setup, advise=True).hint}\n{again}"
+        return f"{_estimate(model, setup, advise=True, so_far=0).hint}\n{again}"
     except Exception as error:  # starved code fails anywhere, torch's dispatch with a SystemError
         told = f"(no estimate: {type(error).__name__})"
         return f"--gradient-checkpointing, a smaller batch or shorter rows need less {told}\n{again}"
 
 
-def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None) -> Estimate:
+def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None, so_far: int) -> Estimate:
     tensors = {id(t): t.nbytes for part in (model.parameters(), model.buffers()) for t in part}
     return estimate(
         without_weights(model.base_model),
         setup,
         available=budget(setup.device),
         baseline=max(0, resident(setup.device) - sum(tensors.values())),
-        so_far=measured_peak(setup.device),
+        so_far=so_far,
         advise=advise,
     )
