@@ -21,7 +21,6 @@ from prefixtune.optimizer import HeadwiseSoap
 
 __all__ = ["LayerKV", "Prefix", "PrefixKV", "count_parameters", "fit_length", "measured_noise"]
 
-KEY_SHARE = 0.5  # of the learning rate: as good a prefix, and less is forgotten (bench/LOG.md)
 PROBE_TOKENS = 32  # random tokens whose KV gives the scale of a random start
 
 
@@ -243,8 +242,7 @@ class Prefix(nn.Module):
         to another's (docs/adr/0007). The parameters of a projection are one group.
 
         Args:
-            rate: share of that size for values, of which keys get half; the learning rate itself with a
-                projection.
+            rate: share of that size; the learning rate itself with a projection.
 
         Example:
             >>> torch.optim.AdamW(model.prefix.parameter_groups(4e-2), weight_decay=0.0)   # doctest: +SKIP
