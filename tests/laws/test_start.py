@@ -51,20 +51,6 @@ def test_model_with_a_started_prefix_answers_as_on_the_text(family: str, project
 
 
 @every_family
-def test_learning_rates_are_a_share_of_each_layers_keys_and_of_its_values(family: str) -> None:
-    config = PrefixConfig(length=5, init="tokens", init_tokens=tuple(A[0].tolist()))
-    prefix = PrefixModel(bare(family), config).prefix
-    rates = {tensor: group["lr"] for group in prefix.parameter_groups(0.25) for tensor in group["params"]}
-    assert rates.keys() == set(prefix.parameters())
-    trained = prefix.parameterisation
-    start = PrefixKV.from_tokens(bare(family), A)
-    for layer, key, value in zip(start.layers, trained.key, trained.value, strict=True):
-        for numbers, tensor in ((layer.key, key), (layer.value, value)):
-            size = numbers[:, 1:].square().mean().sqrt().item()  # models park attention on the first token
-            assert rates[tensor] == pytest.approx(0.25 * size, rel=1e-4)
-
-
-@every_family
 def test_longer_text_gives_its_first_tokens_on_sliding_layers_too(family: str) -> None:
     text = tokens(12, seed=8)
     assert_same(started(family, text, length=9), PrefixKV.from_tokens(bare(family), text[:, :9]))
