@@ -21,7 +21,7 @@ from prefixtune.cli import main
 from prefixtune.config import DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, Example
 from prefixtune.distill import Context, closeness
-from prefixtune.distill.comparison import greedy_answers, measure_speed
+from prefixtune.distill.comparison import compare, greedy_answers, measure_speed, ways_without
 from prefixtune.distill.context import length_of, prompts_of
 from prefixtune.distill.questions import Question, _first_question, read_questions, split, write_questions
 from prefixtune.distill.teacher import Answered, answer, with_aims
@@ -154,6 +154,37 @@ def test_teacher_answers_as_the_model_with_the_text_in_its_context() -> None:
             ids = torch.tensor([[*context.ids, *one.teacher_ids]])
             plain = base.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=1)
             assert one.answer_ids == tuple(plain[0, ids.shape[1] :].tolist())[: len(one.answer_ids)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_exact_match_is_of_whole_answers_and_only_where_the_teacher_is_greedy(temperature: float) -> None:
+    tokenizer = byte_tokenizer()
+    base = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    loaded = LoadedBase(model=base, tokenizer=tokenizer, name="tiny", dtype_reason="")
+    context = Context.of(TEXT, tokenizer, template="human")
+    kv = context.kv(base)
+    settings = DistillConfig(max_new_tokens=6, temperature=temperature)
+    parts = {"heldout": [Question(text=text, origin="q") for text in QUESTIONS]}
+    asked = answer(base, tokenizer, context, kv, parts, config=settings, seed=1)
+    passes = Passes.of(base, capacity=256, pad_token_id=0)
+    ways = ways_without(loaded, context, kv)  # a prefix that is the whole text, so the teacher
+    prompts = [one.student_ids for one in asked]
+    answers = {
+        name: greedy_answers(loaded, prompts, way, max_new_tokens=6, batch_size=3, progress="answers")
+        for name, way in ways.items()
+    }
+    found = compare(
+        *(loaded, passes, with_aims(passes, asked, kv), asked),
+        context=context,
+        text_bytes=kv.nbytes,
+        ways=ways,
+        answers={**answers, "no text": [asked[0].answer, *answers["no text"][1:]]},
+        greedy=settings.temperature == 0,
+    )
+    shares = {one.name: one.exact_match for one in found}
+    names = ("text in the context", "prefix", f"first {len(context.ids)} tokens", "no text")
+    expected = (1.0, 1.0, 1.0, pytest.approx(1 / 3)) if temperature == 0 else (None,) * 4
+    assert shares == dict(zip(names, expected, strict=True))
 
 
 # --- what is before a question -----------------------------------------------------------------------------
@@ -319,6 +350,14 @@ def test_comparison_counts_the_bytes_of_the_cache(place: Path, done: tuple[Path,
     assert contestant(found, "text in the context")["divergence"] == 0
 
 
+def test_comparison_has_the_share_of_answers_that_are_the_teachers(done: tuple[Path, dict[str, Any]]) -> None:
+    _, found = done
+    assert len(found["samples"]) == found["questions"]["heldout"]
+    for name in ("prefix", "no text"):
+        same = [one[name].strip() == one["teacher"].strip() for one in found["samples"]]
+        assert contestant(found, name)["exact_match"] == sum(same) / len(same)
+
+
 def test_prefix_of_the_run_is_served_with_its_template(done: tuple[Path, dict[str, Any]]) -> None:
     output, found = done
     sample = found["samples"][0]
@@ -436,7 +475,7 @@ def test_speed_and_answers_are_of_the_model_with_its_prefix() -> None:
     loaded = LoadedBase(model=base, tokenizer=tokenizer, name="tiny", dtype_reason="")
     text, asked = [5, 6, 7, 8], [9, 10, 11]
     kv = PrefixKV.from_tokens(base, torch.tensor([text]))
-    (found,) = greedy_answers(loaded, [asked], kv, max_new_tokens=5, batch_size=1)
+    (found,) = greedy_answers(loaded, [asked], kv, max_new_tokens=5, batch_size=1, progress="answers")
     plain = base.generate(input_ids=torch.tensor([[*text, *asked]]), max_new_tokens=5, do_sample=False)
     assert found == tokenizer.decode(plain[0, 7:], skip_special_tokens=True)
     speeds = measure_speed(base, tokenizer, {"with": (asked, kv), "without": (asked, None)})

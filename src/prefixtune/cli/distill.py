@@ -127,7 +127,7 @@ def _print(found: Any, rows: int) -> None:
         click.echo(sample["question"])
         for who in ("teacher", "prefix", "no text"):
             console.print(Text.assemble((f"  {who}: ", "dim"), sample[who].strip()), soft_wrap=True)
-    table = Table("", "nats/token", "same token", "KV", "first token", "tokens/s")
+    table = Table("", "nats/token", "same token", "same answer", "KV", "first token", "tokens/s")
     table.columns[0].no_wrap = True
     for one in found.contestants:
         timed = one.first_token_seconds is not None
@@ -135,6 +135,7 @@ def _print(found: Any, rows: int) -> None:
             one.name,
             f"{one.divergence:.4f}",
             f"{100 * one.agreement:.1f} %",
+            f"{100 * one.exact_match:.0f} %" if one.exact_match is not None else "",
             f"{one.cache_bytes / 2**20:.1f} MiB" if one.cache_tokens else "",
             f"{1000 * one.first_token_seconds:.0f} ms" if timed else "",
             f"{one.tokens_per_second:.1f}" if timed else "",
@@ -142,9 +143,10 @@ def _print(found: Any, rows: int) -> None:
     console.print(table)
     counts = found.questions
     click.echo(
-        f"divergence from the model with the text, in nats per token, and share of places where it has the "
-        f"same likeliest token: {found.heldout_tokens:,} answer tokens of {counts['heldout']} questions that "
-        f"were not trained on\n{found.training['steps']} steps on {counts['train']} questions in "
+        f"divergence from the model with the text, in nats per token, share of places where it has the "
+        f"same likeliest token, and of answers that are the same: {found.heldout_tokens:,} answer tokens of "
+        f"{counts['heldout']} questions that were not trained on\n"
+        f"{found.training['steps']} steps on {counts['train']} questions in "
         f"{found.training['train_seconds']:.0f} s; {found.length} virtual tokens for {found.text_tokens:,}\n"
         f"prefix: {found.output}"
     )

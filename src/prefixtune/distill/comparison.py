@@ -6,7 +6,7 @@ Axes: S places that predict an answer's tokens, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,16 @@ from prefixtune.generate import ending, generate_ids, sampling
 from prefixtune.geometry import quiet_eval
 from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes, RowTokens
+from prefixtune.metrics.text import exact_match
 from prefixtune.prefix import PrefixKV
 from prefixtune.progress import progress_bar
 
-__all__ = ["Closeness", "Contestant", "Speed", "closeness", "compare", "greedy_answers", "measure_speed"]
+__all__ = [
+    *("NO_TEXT", "PREFIX", "Closeness", "Contestant", "Speed", "closeness", "compare", "greedy_answers"),
+    *("measure_speed", "ways_without"),
+]
 
+TEACHER, PREFIX, NO_TEXT = "text in the context", "prefix", "no text"
 TIMED_TOKENS, RUNS = 32, 3  # of an answer; the fastest of the runs counts: other load only ever adds time
 PLACES = 256  # whose logits are made at a time
 
@@ -61,6 +66,8 @@ class Contestant:
         name: "text in the context" (the teacher), "prefix", "first P tokens" (its start), or "no text".
         cache_tokens: positions that stand before a question.
         cache_bytes: their keys and values in the model's precision, for each conversation.
+        exact_match: share of the questions with the teacher's own answer, word for word, both greedy; None
+            where the teacher's answers were sampled.
         first_token_seconds, tokens_per_second: of one question at a time; the text in the context is read
             anew for it, as an engine does that keeps no cache between requests. None where not measured.
     """
@@ -70,6 +77,7 @@ class Contestant:
     agreement: float
     cache_tokens: int
     cache_bytes: int
+    exact_match: float | None = None
     first_token_seconds: float | None = None
     tokens_per_second: float | None = None
 
@@ -96,6 +104,12 @@ def closeness(passes: Passes, examples: Sequence[Example], kv: PrefixKV | None) 
     return Closeness(divergence=nats / len(hidden), agreement=same / len(hidden))
 
 
+def ways_without(base: LoadedBase, context: Context, prefix: PrefixKV) -> dict[str, PrefixKV | None]:
+    """What stands before a question in place of the text, by name: the prefix, its start, and nothing."""
+    start = PrefixKV.from_tokens(base.model, torch.tensor([context.ids[: prefix.length]]))
+    return {PREFIX: prefix, f"first {prefix.length} tokens": start, NO_TEXT: None}
+
+
 def compare(
     base: LoadedBase,
     passes: Passes,
@@ -104,46 +118,54 @@ def compare(
     *,
     context: Context,
     text_bytes: int,
-    prefix: PrefixKV,
+    ways: Mapping[str, PrefixKV | None],
+    answers: Mapping[str, Sequence[str]],
+    greedy: bool,
 ) -> list[Contestant]:
-    """The teacher, the prefix, its start, and no text, on the same held-out rows.
+    """The teacher and the `ways` to do without the text (`ways_without`), on the same held-out rows.
 
     Args:
         examples: with the teacher's aims.
         answered: what they were made of; the question of middle length is timed.
-        text_bytes: of the whole context's KV, in the model's precision; `prefix` has it too.
+        text_bytes: of the whole context's KV, in the model's precision, as the ways' are.
+        answers: each way's own greedy answers to the questions of `answered`.
+        greedy: whether the teacher's are, so that they can be compared word for word.
     """
-    length = prefix.length
-    start = PrefixKV.from_tokens(base.model, torch.tensor([context.ids[:length]]))
-    near = {
-        "prefix": closeness(passes, examples, prefix),
-        f"first {length} tokens": closeness(passes, examples, start),
-        "no text": closeness(passes, examples, None),
-    }
+    near = {name: closeness(passes, examples, kv) for name, kv in ways.items()}
     middle = sorted(answered, key=lambda one: len(one.student_ids))[len(answered) // 2]
     alone = list(middle.student_ids)
     speeds = measure_speed(
         base.model,
         base.tokenizer,
         {
-            "text in the context": ([*context.ids, *middle.teacher_ids], None),
-            "prefix": (alone, prefix),
-            "no text": (alone, None),
+            TEACHER: ([*context.ids, *middle.teacher_ids], None),
+            PREFIX: (alone, ways[PREFIX]),
+            NO_TEXT: (alone, None),
         },
     )
-    sizes = {"prefix": (length, prefix.nbytes), f"first {length} tokens": (length, start.nbytes)}
-    near = {"text in the context": Closeness(divergence=0.0, agreement=1.0), **near}
-    sizes["text in the context"] = (len(context.ids), text_bytes)
-    return [_contestant(name, near[name], *sizes.get(name, (0, 0)), speeds.get(name)) for name in near]
+    sizes = {name: (kv.length, kv.nbytes) for name, kv in ways.items() if kv is not None}
+    sizes[TEACHER] = (len(context.ids), text_bytes)
+    near = {TEACHER: Closeness(divergence=0.0, agreement=1.0), **near}
+    told = [[one.answer] for one in answered]
+    same: dict[str, float] = {}
+    if greedy:
+        same = {TEACHER: 1.0, **{name: exact_match(found, told) for name, found in answers.items()}}
+    return [
+        _contestant(name, near[name], *sizes.get(name, (0, 0)), same.get(name), speeds.get(name))
+        for name in near
+    ]
 
 
-def _contestant(name: str, near: Closeness, tokens: int, size: int, speed: Speed | None) -> Contestant:
+def _contestant(
+    name: str, near: Closeness, tokens: int, size: int, same: float | None, speed: Speed | None
+) -> Contestant:
     return Contestant(
         name=name,
         divergence=near.divergence,
         agreement=near.agreement,
         cache_tokens=tokens,
         cache_bytes=size,
+        exact_match=same,
         first_token_seconds=speed.first_token_seconds if speed else None,
         tokens_per_second=speed.tokens_per_second if speed else None,
     )
@@ -197,6 +219,7 @@ def greedy_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    progress: str,
 ) -> list[str]:
     """The model's own greedy answers with this prefix, or none: to be read beside the teacher's."""
     tokenizer: Any = base.tokenizer
@@ -208,6 +231,6 @@ def greedy_answers(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             settings=sampling(temperature=0.0, top_p=1.0),
-            progress="answers with the prefix" if kv is not None else "answers without the text",
+            progress=progress,
         )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]

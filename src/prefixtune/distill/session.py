@@ -12,7 +12,14 @@ from typing import Any
 
 from prefixtune.config import DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example
-from prefixtune.distill.comparison import Contestant, compare, greedy_answers
+from prefixtune.distill.comparison import (
+    NO_TEXT,
+    PREFIX,
+    Contestant,
+    compare,
+    greedy_answers,
+    ways_without,
+)
 from prefixtune.distill.context import Context, check_positions_left, length_of
 from prefixtune.distill.questions import Question, read_questions, split, write_questions
 from prefixtune.distill.teacher import (
@@ -271,16 +278,29 @@ def _compared(
     prefix = PrefixModel.from_pretrained(base.model, output).prefix.bake().to(base.model.dtype)
     asked = [one for one in material.answered if one.part == "heldout"]
     heldout, context = material.rows["heldout"], material.context
-    contestants = compare(
-        base, material.passes, heldout, asked, context=context, text_bytes=material.text_bytes, prefix=prefix
-    )
-    prompts = [one.student_ids for one in asked]
-    answers = [
-        greedy_answers(
-            base, prompts, kv, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+    ways, prompts = ways_without(base, context, prefix), [one.student_ids for one in asked]
+    answers = {
+        name: greedy_answers(
+            base,
+            prompts,
+            kv,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=f"answers: {name}",
         )
-        for kv in (prefix, None)
-    ]
+        for name, kv in ways.items()
+    }
+    contestants = compare(
+        base,
+        material.passes,
+        heldout,
+        asked,
+        context=context,
+        text_bytes=material.text_bytes,
+        ways=ways,
+        answers=answers,
+        greedy=settings.temperature == 0,
+    )
     found = Distillation(
         output=str(output),
         text_tokens=len(context.ids),
@@ -292,8 +312,8 @@ def _compared(
         contestants=tuple(contestants),
         training={k: v for k, v in trained.to_dict().items() if k != "output"},
         samples=[
-            {"question": one.question, "teacher": one.answer, "prefix": with_, "no text": without}
-            for one, with_, without in zip(asked, *answers, strict=True)
+            {"question": one.question, "teacher": one.answer, PREFIX: with_, NO_TEXT: without}
+            for one, with_, without in zip(asked, answers[PREFIX], answers[NO_TEXT], strict=True)
         ],
     )
     draft = output / f".{COMPARISON}.draft"
