@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -92,10 +90,3 @@ def test_shown_text_of_the_real_tokenizer_is_the_row_in_chinese() -> None:
         ("Human: 什么是三原色？\n\nAssistant: ", "dim"),
         ("三原色是红、蓝、黄。<|im_end|>", "bold green"),
     ]
-
-
-@pytest.mark.parametrize("module", ["collate", "sources"])
-def test_examples_in_the_docstrings_run(module: str) -> None:
-    done = doctest.testmod(import_module(f"prefixtune.data.{module}"))
-    assert done.attempted > 0
-    assert done.failed == 0

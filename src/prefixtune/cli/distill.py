@@ -127,7 +127,7 @@ def _print(found: Any, rows: int) -> None:
         click.echo(sample["question"])
         for who in ("teacher", "prefix", "no text"):
             console.print(Text.assemble((f"  {who}: ", "dim"), sample[who].strip()), soft_wrap=True)
-    table = Table("", "nats/token", "same token", "same answer", "KV", "first token", "tokens/s")
+    table = Table("", "nats/\ntoken", "same\ntoken", "same\nanswer", "KV\nMiB", "first\ntoken", "tokens/s")
     table.columns[0].no_wrap = True
     for one in found.contestants:
         timed = one.first_token_seconds is not None
@@ -136,7 +136,7 @@ def _print(found: Any, rows: int) -> None:
             f"{one.divergence:.4f}",
             f"{100 * one.agreement:.1f} %",
             f"{100 * one.exact_match:.0f} %" if one.exact_match is not None else "",
-            f"{one.cache_bytes / 2**20:.1f} MiB" if one.cache_tokens else "",
+            f"{one.cache_bytes / 2**20:.1f}" if one.cache_tokens else "",
             f"{1000 * one.first_token_seconds:.0f} ms" if timed else "",
             f"{one.tokens_per_second:.1f}" if timed else "",
         )

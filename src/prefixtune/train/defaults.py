@@ -32,7 +32,10 @@ __all__ = [
 
 AUTO = "auto"
 SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
-ENOUGH_STEPS, MOST_EPOCHS = 100, 4
+# Two passes over the rows: in more they are learnt by heart. One where that alone makes many steps, more
+# where two make next to none (docs/defaults.md).
+EPOCHS, MANY_STEPS = 2, 500
+FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # of the size of the keys and values (docs/adr/0007)
 DIRECT_LEARNING_RATE = 5e-2
 # a step of the projection moves every KV number by a sum over its hidden layer
@@ -87,7 +90,7 @@ def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None
 
     Example:
         >>> default_start([[1, 2, 3, 4, 5], [6, 7, 8], [9, 10]], 4)
-        (10, 6, 7, 8)
+        (5, 6, 7, 8)
     """
     fitting = [number for number, row in enumerate(rows) if len(row) <= length]
     if fitting:
@@ -176,15 +179,18 @@ def planned_steps(config: TrainConfig, rows: int) -> int:
 
 
 def planned_epochs(config: TrainConfig, rows: int) -> float:
-    """Passes over so many rows: given, or as many as make enough steps, which few rows do not in one.
+    """Passes over so many rows: given, or two; one where that makes many steps, more where two make few.
 
     Example:
-        >>> [planned_epochs(TrainConfig(), rows) for rows in (50, 100, 400, 1000)]
-        [4.0, 4.0, 2.0, 1.0]
+        >>> [planned_epochs(TrainConfig(), rows) for rows in (20, 50, 2000, 4000)]
+        [4.0, 2.0, 2.0, 1.0]
     """
     if config.num_train_epochs is not None:
         return config.num_train_epochs
-    return float(max(1, min(MOST_EPOCHS, math.ceil(ENOUGH_STEPS / _steps_of_an_epoch(config, rows)))))
+    steps = _steps_of_an_epoch(config, rows)
+    if steps >= MANY_STEPS:
+        return 1.0
+    return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
 
 
 def _steps_of_an_epoch(config: TrainConfig, rows: int) -> int:
