@@ -17,6 +17,7 @@ from typing import Any, Self, get_args, get_type_hints
 from prefixtune.errors import ConfigError
 
 __all__ = [
+    "DISTILL_TRAINING",
     "SCHEMES",
     "DataConfig",
     "DistillConfig",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 SCHEMES = ("int8", "nf4")  # in which a frozen base's linear weights can be held
+# What distillation trains with unless told otherwise: few rows, but each with whole distributions to learn,
+# so more passes help (docs/distill.md); and it is the teacher that is to be kept, not the bare model.
+DISTILL_TRAINING: dict[str, Any] = {"num_train_epochs": 8.0, "retain": 0.0}
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:

@@ -11,12 +11,11 @@ import click
 
 from prefixtune.cli.options import config_options, json_option
 from prefixtune.cli.output import print_json
-from prefixtune.config import DistillConfig, TrainConfig
+from prefixtune.config import DISTILL_TRAINING, DistillConfig, TrainConfig
 from prefixtune.errors import ConfigError, DataError
 
 __all__ = ["distill"]
 
-EPOCHS = 4.0  # few rows, whole distributions to learn from: more passes than over rows with one answer each
 _FILE = click.Path(path_type=Path)
 _KNOBS = (
     *("projection", "hidden_size", "layers", "template", "fields"),
@@ -24,7 +23,7 @@ _KNOBS = (
 )
 _DEFAULTS = {
     "template": "chat where the tokenizer has a chat template, else human",
-    "num_train_epochs": str(EPOCHS),
+    "num_train_epochs": str(DISTILL_TRAINING["num_train_epochs"]),
 }
 
 
@@ -74,7 +73,7 @@ def distill(
             "--questions are given, so --write-questions has no say", hint="leave one of them out"
         )
     settings = DistillConfig(**distill_options)
-    config = TrainConfig(**{"num_train_epochs": EPOCHS, "retain": 0.0, **train_options})
+    config = TrainConfig(**{**DISTILL_TRAINING, **train_options})
     written = _read(text) if text is not None else ""
 
     import prefixtune.distill as room

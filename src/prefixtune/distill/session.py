@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune.config import DistillConfig, PrefixConfig, TrainConfig
+from prefixtune.config import DISTILL_TRAINING, DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example
 from prefixtune.distill.comparison import (
     NO_TEXT,
@@ -118,7 +118,7 @@ def distill(
         ConfigError, ModelError, RunError, OutOfMemoryError: as `prefixtune.train.train`.
         KeyboardInterrupt: stopped by Ctrl-C; after a checkpoint was written, once the training has begun.
     """
-    settings, config = distill_config or DistillConfig(), config or TrainConfig(retain=0.0)
+    settings, config = distill_config or DistillConfig(), config or TrainConfig(**DISTILL_TRAINING)
     options = dict(prefix_options or {})
     asked = {
         "distilled": True,
