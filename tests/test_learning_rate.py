@@ -1,4 +1,5 @@
-"""Laws of the range test: it reads its curve as it says, runs from the run's start, and the run uses it."""
+"""Laws of the range test: it reads its curve as it says, runs from the run's start, and the run uses it. And
+when the steps of virtual tokens are damped."""
 
 from __future__ import annotations
 
@@ -74,9 +75,9 @@ def test_run_trains_with_the_rate_that_it_found_and_keeps_the_curve(place: Path,
     assert all(map(math.isfinite, curve["gains"]))
     assert curve["gains"][0] == pytest.approx(0, abs=1e-5)  # nothing is learnt before the first step
     assert abs(curve["gains"][-1]) > 1e-3
-    assert curve["rates"][0] == pytest.approx(5e-2 * BELOW)
+    assert curve["rates"][0] == pytest.approx(7e-2 * BELOW)
     if len(curve["rates"]) == STEPS:
-        assert curve["rates"][-1] == pytest.approx(5e-2 * ABOVE)
+        assert curve["rates"][-1] == pytest.approx(7e-2 * ABOVE)
 
 
 def test_run_with_a_found_rate_is_the_run_that_was_given_it(place: Path, tmp_path: Path) -> None:
@@ -113,3 +114,39 @@ def test_who_does_not_look_for_a_rate_says_so(tmp_path: Path) -> None:
         trainer_for(base, rows, prefix_options={"init": "random"}, config=config, output=tmp_path / "run")
     with pytest.raises(ConfigError, match="find_learning_rate"):
         methods_of(("prefix",), {"prefix": {"find_learning_rate": True}})
+
+
+@pytest.mark.parametrize(
+    ("options", "damping", "rate"),
+    [
+        ({"max_steps": 125}, 0.5, 7e-2),
+        ({"max_steps": 126}, 0.0, 5e-2),
+        ({"max_steps": 125, "token_damping": 0.0}, 0.0, 5e-2),
+        ({"max_steps": 125, "learning_rate": 1e-2}, 0.5, 1e-2),
+        ({"max_steps": 126, "token_damping": 0.7}, 0.7, 7e-2),
+    ],
+    ids=str,
+)
+def test_tokens_of_short_runs_are_damped(
+    options: dict[str, Any], damping: float, rate: float, tmp_path: Path
+) -> None:
+    base = LoadedBase(model=tiny_model("llama"), tokenizer=None, name="tiny", dtype_reason="")
+    rows = [Example(input_ids=(5, 6, 7), labels=(-100, 6, 7), origin="", truncated=0)]
+    config = TrainConfig(**options, retain=0, report_to="none")
+    trainer, _ = trainer_for(
+        base, rows, prefix_options={"init": "random"}, config=config, output=tmp_path / "run", pad_token_id=0
+    )
+    assert {group["damping"] for group in trainer.create_optimizer().param_groups} == {damping}
+    assert trainer.args.learning_rate == rate
+
+
+def test_damping_is_seen_in_the_prefix_and_a_short_run_has_it_by_default(place: Path, tmp_path: Path) -> None:
+    found = {}
+    for damping in ("default", 0.5, 0):
+        given = [] if damping == "default" else ["--token-damping", damping]
+        result = train(place, tmp_path / str(damping), *given)
+        assert result.exit_code == 0, result.output
+        found[damping] = load_file(tmp_path / str(damping) / "prefix.safetensors")
+    for name, tensor in found["default"].items():
+        assert tensor.equal(found[0.5][name])
+    assert not all(tensor.equal(found[0][name]) for name, tensor in found[0.5].items())

@@ -1,4 +1,5 @@
-"""The optimizer of a prefix: Adam in the directions in which each head's gradients come. Knows torch only."""
+"""The optimizer of a prefix: Adam in the directions in which each head's gradients come, with smaller
+steps, if asked for, of the virtual tokens that get most of the attention. Knows torch only."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ EARLY = (1, 2, 4, 8)
 # A direction with less than this share of a token's gradient (root mean square) steps as if it had it: where
 # gradients have few directions the rest is rounding error, of which AdamW's division makes steps.
 FLAT = 1e-2
+REACH = 4.0  # with damping, no token steps this many times as far, or as little, as the median one
 MEMORY = 0.95  # of the covariance from step to step: the last 20 count
 KEPT = {"step", "exp_avg", "exp_avg_sq", "covariance", "basis"}
 
@@ -27,7 +29,11 @@ class HeadwiseSoap(torch.optim.Optimizer):
     both are far larger in some directions of head_dim than in others, and these directions are not the axes,
     along which AdamW scales its steps. Here the second moment is kept along the covariance's eigenvectors, so
     that a rotation of head_dim does not change what is learnt.
-    As in SOAP the first moment is kept unrotated; unlike it the virtual tokens' side is left alone.
+    As in SOAP the first moment is kept unrotated; unlike it the virtual tokens' side is not turned.
+
+    The virtual tokens that get most of the attention, the first above all, have gradients many times those of
+    the others, and AdamW's steps are as large for all. With damping a token's step is multiplied by (the
+    median token's gradient / its own) to this power, within a factor of 4 (docs/adr/0011).
 
     Args:
         params: tensors [H, P, D], or groups of them with an `lr` each (`Prefix.parameter_groups`).
@@ -35,6 +41,7 @@ class HeadwiseSoap(torch.optim.Optimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
+        damping: 0 is none; at 1 what a step changes in a layer's output is alike for all of its tokens.
 
     State, for each tensor: both moments [H, P, D], covariance and basis [H, D, D].
 
@@ -49,8 +56,10 @@ class HeadwiseSoap(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        damping: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping}
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -117,8 +126,12 @@ class HeadwiseSoap(torch.optim.Optimizer):
         turned = gradient @ basis
         state["exp_avg_sq"].mul_(second).addcmul_(turned, turned, value=1 - second)
         squares = state["exp_avg_sq"] / (1 - second**count)
-        least = squares.mean(dim=2, keepdim=True).mul_(FLAT**2)  # [H, P, 1]
-        spread = squares.maximum(least).sqrt_().add_(group["eps"])
+        sizes = squares.mean(dim=2, keepdim=True)  # [H, P, 1], squares of each token's gradient
+        spread = squares.maximum(sizes * FLAT**2).sqrt_().add_(group["eps"])
         move = (state["exp_avg"] @ basis).div_(1 - first**count).div_(spread)
+        if group["damping"]:
+            ratio = sizes.median(dim=1, keepdim=True).values / sizes
+            factor = ratio.pow(group["damping"] / 2).clamp(1 / REACH, REACH)
+            move.mul_(factor.nan_to_num(1.0))  # 0 / 0: tokens without a gradient do not move anyway
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(move @ basis.mT, alpha=group["lr"])

@@ -257,7 +257,7 @@ class Prefix(nn.Module):
 
         Args:
             rate: see `parameter_groups`.
-            options: betas, eps and weight_decay.
+            options: betas, eps and weight_decay; of keys and values also damping.
 
         Example:
             >>> optimizer = model.prefix.optimizer(5e-2)                           # doctest: +SKIP

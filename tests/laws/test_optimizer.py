@@ -67,6 +67,26 @@ def test_heads_of_one_number_are_trained_as_by_adamw() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize(
+    ("gradients", "steps"),
+    [
+        ((4.0, 1.0, 16.0), (1.0, 2.0, 0.5)),  # the root of the median's share
+        ((1e-3, 1.0, 1.0, 1e3), (4.0, 1.0, 1.0, 0.25)),  # and no further than that
+        ((0.0, 0.0, 5.0, 5.0, 5.0), (0.0, 0.0, 1.0, 1.0, 1.0)),  # what is not attended to has no say
+        ((7.0,), (1.0,)),
+    ],
+)
+def test_damped_token_steps_less_the_larger_its_gradient_is(
+    gradients: tuple[float, ...], steps: tuple[float, ...]
+) -> None:
+    line = torch.nn.functional.normalize(torch.randn(8, generator=torch.Generator().manual_seed(0)), dim=0)
+    for damping, expected in ((0.5, steps), (0.0, tuple(float(size > 0) for size in gradients))):
+        parameter = torch.nn.Parameter(torch.zeros(2, len(gradients), 8))
+        parameter.grad = (torch.tensor(gradients)[:, None] * line).repeat(2, 1, 1)
+        HeadwiseSoap([parameter], lr=0.1, damping=damping).step()
+        torch.testing.assert_close(parameter.detach().norm(dim=2), 0.1 * torch.tensor(expected).expand(2, -1))
+
+
 def test_saved_state_goes_on_to_the_bit() -> None:
     whole, parts = Problem(), Problem()
     whole.train(HeadwiseSoap([whole.parameter], lr=0.02), EVERY + 7)

@@ -23,7 +23,7 @@ _KNOBS = (
 )
 _DEFAULTS = {
     "template": "chat where the tokenizer has a chat template, else human",
-    "num_train_epochs": str(DISTILL_TRAINING["num_train_epochs"]),
+    **{name: str(value) for name, value in DISTILL_TRAINING.items()},
 }
 
 

@@ -97,6 +97,7 @@ def make_trainer(
         pad_token_id=pad_token_id,
         passes=passes,
         lengths=[len(example.input_ids) for example in examples],
+        damping=resolved.get("token_damping", 0.0),  # a run of an earlier version has none
     )
 
 

@@ -43,6 +43,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         lengths: tokens of each training row, to put rows of similar length into a batch. Not needed where
             rows are packed.
         retention: neutral text on which the base's distribution is aimed at, beside the rows.
+        damping: of the steps of virtual tokens with most of the attention (`HeadwiseSoap`).
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         passes: Passes | None = None,
         lengths: Sequence[int] | None = None,
         retention: Retention | None = None,
+        damping: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        self.lengths, self.retention = lengths, retention
+        self.lengths, self.retention, self.damping = lengths, retention, damping
         self.step: _Step | None = None
         self.optimizer: Any = None
         super().__init__(*args, **kwargs)
@@ -75,6 +77,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             rate, options["weight_decay"] = options.pop("lr"), self.args.weight_decay
             if self.args.optim == TrainingArguments.optim:  # its default: nothing was asked for
                 options.pop("fused", None)
+                if self.damping:
+                    options["damping"] = self.damping
                 self.optimizer = prefix.optimizer(rate, **options)
             else:
                 self.optimizer = kind(prefix.parameter_groups(rate), **options)
