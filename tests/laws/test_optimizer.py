@@ -87,13 +87,17 @@ def test_damped_token_steps_less_the_larger_its_gradient_is(
         torch.testing.assert_close(parameter.detach().norm(dim=2), 0.1 * torch.tensor(expected).expand(2, -1))
 
 
-def test_saved_state_goes_on_to_the_bit() -> None:
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_saved_state_goes_on_to_the_bit(damping: float) -> None:
     whole, parts = Problem(), Problem()
-    whole.train(HeadwiseSoap([whole.parameter], lr=0.02), EVERY + 7)
-    first = HeadwiseSoap([parts.parameter], lr=0.02)
+    whole.train(HeadwiseSoap([whole.parameter], lr=0.02, damping=damping), EVERY + 7)
+    first = HeadwiseSoap([parts.parameter], lr=0.02, damping=damping)
     parts.train(first, EVERY - 3)
     second = HeadwiseSoap([parts.parameter], lr=1.0)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    state = copy.deepcopy(first.state_dict())
+    if not damping:
+        del state["param_groups"][0]["damping"]  # as of an earlier version
+    second.load_state_dict(state)
     parts.train(second, 10)
     assert torch.equal(parts.parameter, whole.parameter)
 
