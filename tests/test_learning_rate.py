@@ -143,7 +143,7 @@ def test_tokens_of_short_runs_are_damped(
 def test_damping_is_seen_in_the_prefix_and_a_short_run_has_it_by_default(place: Path, tmp_path: Path) -> None:
     found = {}
     for damping in ("default", 0.5, 0):
-        given = [] if damping == "default" else ["--token-damping", damping]
+        given = [] if damping == "default" else ["--token-damping", damping, "--learning-rate", 7e-2]
         result = train(place, tmp_path / str(damping), *given)
         assert result.exit_code == 0, result.output
         found[damping] = load_file(tmp_path / str(damping) / "prefix.safetensors")
