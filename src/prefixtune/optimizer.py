@@ -33,7 +33,7 @@ class HeadwiseSoap(torch.optim.Optimizer):
 
     The virtual tokens that get most of the attention, the first above all, have gradients many times those of
     the others, and AdamW's steps are as large for all. With damping a token's step is multiplied by (the
-    median token's gradient / its own) to this power, within a factor of 4 (docs/adr/0011).
+    median token's gradient / its own) to the power of it, within a factor of 4 (docs/adr/0011).
 
     Args:
         params: tensors [H, P, D], or groups of them with an `lr` each (`Prefix.parameter_groups`).
@@ -41,7 +41,7 @@ class HeadwiseSoap(torch.optim.Optimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in AdamW.
-        damping: 0 is none; at 1 what a step changes in a layer's output is alike for all of its tokens.
+        damping: the power of that ratio, 0 to 1; 0 is none.
 
     State, for each tensor: both moments [H, P, D], covariance and basis [H, D, D].
 

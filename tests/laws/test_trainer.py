@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
+from prefixtune.errors import ConfigError
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
@@ -124,6 +125,13 @@ def test_optimizer_that_is_asked_for_is_the_one_that_trains(
 ) -> None:
     made = trainer("ours", fresh("llama"), tmp_path, **asked)
     assert type(made.create_optimizer()) is kind
+
+
+def test_damping_without_the_optimizer_that_has_it_is_refused(tmp_path: Path) -> None:
+    made = trainer("ours", fresh("llama"), tmp_path, optim="sgd")
+    made.damping = 0.5
+    with pytest.raises(ConfigError, match="damping: optim=sgd"):
+        made.create_optimizer()
 
 
 def test_sizes_of_zero_train_too(tmp_path: Path) -> None:

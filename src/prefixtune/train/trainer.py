@@ -80,6 +80,10 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
                 if self.damping:
                     options["damping"] = self.damping
                 self.optimizer = prefix.optimizer(rate, **options)
+            elif self.damping:
+                raise ConfigError(
+                    f"damping: optim={self.args.optim.value} has none", hint="leave one of the two out"
+                )
             else:
                 self.optimizer = kind(prefix.parameter_groups(rate), **options)
         return self.optimizer
