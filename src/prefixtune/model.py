@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attachment import attach_pairs, supported
+from prefixtune.attachment import attach_pairs, multiply_once, supported
 from prefixtune.config import PrefixConfig
 from prefixtune.errors import AttachError, ConfigError, StorageError
 from prefixtune.geometry import Fingerprint, Geometry, compute_dtype, text_config
@@ -62,6 +62,7 @@ class PrefixModel(nn.Module):
 
     def _put_together(self, base: nn.Module, prefix: Prefix, geometry: Geometry) -> None:
         base.requires_grad_(False)
+        multiply_once(base)
         self.base_model = base
         self.prefix = prefix
         self.geometry = geometry

@@ -17,7 +17,7 @@ halves), and `packed` with `documents` (several documents in one row without pad
 """
 
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
-from prefixtune.attachment.head import head_of, last_hidden, splits
+from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
 from prefixtune.attachment.packed import compile_layers, packed, packs
 from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
 from prefixtune.attachment.session import attach, attach_pairs, supported
@@ -33,6 +33,7 @@ __all__ = [
     "head_of",
     "last_hidden",
     "most_positions",
+    "multiply_once",
     "no_flat",
     "packed",
     "packs",

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from prefixtune.errors import UnsupportedModelError
 from prefixtune.geometry import quiet_eval, text_config
 
-__all__ = ["decoder_of", "head_of", "last_hidden", "splits"]
+__all__ = ["decoder_of", "head_of", "last_hidden", "multiply_once", "splits"]
 
 
 class _Ready(BaseModelOutputWithPast):  # type: ignore[misc]
@@ -59,6 +59,30 @@ def head_of(base: Any) -> Callable[[Tensor], Tensor]:
         return logits[0]
 
     return head
+
+
+def multiply_once(base: Any) -> None:
+    """Have the head of a frozen model read its weight once for all rows, and not once for each.
+
+    PyTorch multiplies [B, T, d] by a weight without gradient as one matrix only where the strides are those
+    of a tensor without gaps (`should_fold` in ATen's LinearAlgebra.cpp); else it copies the weight for each
+    row. `hidden[:, -1:]`, of which generation takes the logits after a prompt, has gaps, and for one row
+    strides that look like them. The model keeps the hook; its numbers are those of the same model unfrozen.
+    """
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is not None and _without_gaps not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_without_gaps)
+
+
+def _without_gaps(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 3:
+        return None
+    hidden, size = inputs[0], 1
+    for length, stride in zip(reversed(hidden.shape), reversed(hidden.stride()), strict=True):
+        if stride != size:  # is_contiguous() does not look at strides of length 1; PyTorch's matmul does
+            return (hidden.clone(memory_format=torch.contiguous_format), *inputs[1:])
+        size *= length
+    return None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from prefixtune.attachment.forward import position_limit
+from prefixtune.attachment.head import multiply_once
 from prefixtune.attachment.session import supported
 from prefixtune.errors import UnsupportedModelError
 from prefixtune.geometry import Geometry, compute_dtype, text_config
@@ -223,6 +224,7 @@ def row_runner(base: nn.Module) -> Callable[..., Tensor]:
         UnsupportedModelError: the base cannot carry a prefix exactly.
     """
     geometry = supported(base)
+    multiply_once(base)
     parameters = inspect.signature(base.forward).parameters
     fixed: dict[str, Any] = {"use_cache": True, "return_dict": True}
     if "logits_to_keep" in parameters:

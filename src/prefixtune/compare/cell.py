@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
+from prefixtune.attachment import multiply_once
 from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
@@ -260,6 +261,7 @@ def _losses(trainer: Any) -> list[tuple[int, float]]:
 
 def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folder: Path) -> dict[str, Any]:
     model, before = contender.model, contender.context
+    multiply_once(model)  # as ours does: answers come as fast from each method
     examples = [_after(before, example, tokenizer) for example in rows.eval]
     pad = ending(model, tokenizer)["pad_token_id"]
     nats = sum(row_losses(model, examples, pad_token_id=pad))
