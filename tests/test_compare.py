@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, MissingExtraError
 from prefixtune.load import load_base
 from prefixtune.report import columns_of, require_matplotlib
+from prefixtune.train.retention import kept_texts
 from tokenizers_for_tests import byte_tokenizer
 
 INPUTS, ROWS = 5, 16  # several rows have one input
@@ -116,6 +118,21 @@ def test_another_seed_is_another_order(model: Path, tmp_path: Path) -> None:
         (tmp_path / cell.name).mkdir()
         seen.append(run_cell(plan, cell, rows, tmp_path / cell.name)["rows_seen"])
     assert seen[0] != seen[1]
+
+
+def test_training_time_holds_the_sampling_of_neutral_text(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(2)
+        return kept_texts(*args, **options)
+
+    monkeypatch.setattr("prefixtune.train.build.kept_texts", slowly)
+    plan = make_plan(model, methods=("prefix",), seeds=1, forgetting=False, eval_rows=1)
+    (cell,) = plan.cells
+    found = run_cell(plan, cell, make_rows(plan), tmp_path)
+    assert found["train_seconds"] > 2
+    assert found["seconds"]["prepare_and_train"] - found["train_seconds"] < 2
 
 
 def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Measured) -> None:

@@ -43,6 +43,7 @@ class Contender:
 
     Attributes:
         context: token ids that stand before each row.
+        train_seconds: with what comes before the first step, such as neutral text; without loading the base.
         rows_seen: a hash of the training rows in the order in which they came.
     """
 
@@ -126,11 +127,13 @@ def _ours(
     """Our own trainer with its defaults; checkpoints are left out, because the others write none."""
     options = {"save_steps": NEVER, "logging_steps": 1, "report_to": "none"}
     config = TrainConfig(**{**options, **cell.method.train_options, **schedule})
+    begin = time.perf_counter()
     trainer, resolved = trainer_for(
         base, examples, prefix_options=cell.method.prefix_options, config=config, output=folder
     )
     trainer.remove_callback(PrinterCallback)
-    seen, seconds = _train(trainer)
+    seen = _train(trainer)
+    seconds = time.perf_counter() - begin
     model = trainer.model
     with quiet_eval(model):
         model.save_pretrained(folder)
@@ -169,6 +172,7 @@ def _peer(
     precision = getattr(torch, dtype)
     length = plan.prefix_length or default_length(len(examples))
     rows, bos = [example.input_ids for example in examples], getattr(base.tokenizer, "bos_token_id", None)
+    begin = time.perf_counter()
     trainer = peer_trainer(
         cell.method.of,
         base,
@@ -184,7 +188,8 @@ def _peer(
     )
     trainer.remove_callback(PrinterCallback)
     count = _trainable(trainer.model)
-    seen, seconds = _train(trainer)
+    seen = _train(trainer)
+    seconds = time.perf_counter() - begin
     model = trainer.model
     size = _served(model, precision) if cell.method.of == "full" else _saved(model, folder)
     return Contender(
@@ -226,8 +231,8 @@ def _rank(model: Any) -> dict[str, Any]:
     return found
 
 
-def _train(trainer: Any) -> tuple[str, float]:
-    """Train to the end: a hash of the rows in the order in which they came, and the seconds."""
+def _train(trainer: Any) -> str:
+    """Train to the end: a hash of the rows in the order in which they came."""
     seen = sha256()
     collate = trainer.data_collator
 
@@ -237,9 +242,8 @@ def _train(trainer: Any) -> tuple[str, float]:
         return collate(examples)
 
     trainer.data_collator = recorded
-    start = time.perf_counter()
     trainer.train()
-    return seen.hexdigest(), time.perf_counter() - start
+    return seen.hexdigest()
 
 
 def _trainable(model: Any) -> int:
