@@ -24,12 +24,12 @@ from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import OutOfMemoryError
-from prefixtune.load import LoadedBase
+from prefixtune.load import LoadedBase, load_tokenizer
 from prefixtune.loss import Passes
 from prefixtune.memory import LiveBytes, Setup, check_fit, estimate, explain_full_memory, measure_step
 from prefixtune.memory.host import group_room
 from prefixtune.train import trainer_for
-from prefixtune.train.forecast import setup_of
+from prefixtune.train.forecast import forecast_for, setup_of
 from tokenizers_for_tests import byte_tokenizer
 
 MIB, GIB = 2**20, 2**30
@@ -370,6 +370,23 @@ def test_estimate_command_says_the_parts_and_their_sum(tmp_path: Path) -> None:
     assert facts["assumptions"]["packing"] is True
     assert facts["assumptions"]["tokens_of_a_pass"] == 512
     assert "peak" in call(*line).stdout
+
+
+def test_a_large_tokenizer_is_no_part_of_the_peak_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(write_model(tmp_path) / "model")
+    plain = forecast_for(model)
+    large: list[bytes] = []
+
+    def with_much(name: str) -> Any:
+        large.append(b"x" * 2**28)
+        return load_tokenizer(name)
+
+    monkeypatch.setattr("prefixtune.train.forecast.load_tokenizer", with_much)
+    found = forecast_for(model)
+    assert found.baseline - plain.baseline > 2**27
+    assert abs(found.loading - plain.loading) < 2**27
 
 
 def test_probe_times_real_steps(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def estimate(
     available: int,
     baseline: int = 0,
     files: Sequence[Path] = (),
+    while_loading: int | None = None,
     so_far: int = 0,
     advise: bool | None = None,
 ) -> Estimate:
@@ -142,6 +143,7 @@ def estimate(
         baseline: bytes that the process has without the model (CPU).
         files: what the weights will be read from, see `prefixtune.load.weight_files`; none where they are
             in memory already.
+        while_loading: the `baseline` of that moment, which is before the tokenizer is read (CPU).
         so_far: the peak of this process until now, where the weights are loaded already.
         advise: estimate what would lower the peak; by default only where it does not fit.
 
@@ -156,7 +158,8 @@ def estimate(
     reading = weights
     if on_cpu:
         largest = max(parameter.numel() for parameter in base.parameters())
-        reading = baseline + loading_bytes(files, weights, setup.dtype, largest=largest)
+        first = baseline if while_loading is None else while_loading
+        reading = first + loading_bytes(files, weights, setup.dtype, largest=largest)
     passing = step.activations + step.logits + step.gradients
     found = Estimate(
         setup=setup,
@@ -171,7 +174,14 @@ def estimate(
     better = []
     for change, other in _changes(setup):
         peak = estimate(
-            base, other, available=available, baseline=baseline, files=files, so_far=so_far, advise=False
+            base,
+            other,
+            available=available,
+            baseline=baseline,
+            files=files,
+            while_loading=while_loading,
+            so_far=so_far,
+            advise=False,
         ).peak
         if peak < found.peak:
             better.append(Advice(change=change, peak_bytes=peak, fits=peak <= available))

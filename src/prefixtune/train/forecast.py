@@ -127,15 +127,15 @@ def forecast_for(
     sizes = {k: v for k, v in (prefix_options or {}).items() if k in SIZES and v != AUTO}
     dtype, place = placement(config.dtype, device)
     files = weight_files(model)
-    tokenizer = load_tokenizer(model) if data or eval_data or files else None
     fields = parse_fields(data_config.fields)
-    found: list[list[Example]] = []
-    for source, limit in ((data, data_config.limit), (eval_data, None)):
-        if source is not None:
-            rows = load_rows(source, fields=fields, split=data_config.split, limit=limit)
-            found.append(build_examples(rows, tokenizer, data_config)[0])
-        else:
-            found.append([])
+    sources = ((data, data_config.limit), (eval_data, None))
+    rows = [
+        load_rows(source, fields=fields, split=data_config.split, limit=limit) if source is not None else []
+        for source, limit in sources
+    ]
+    while_loading = resident(place)  # a run reads its tokenizer after the weights
+    tokenizer = load_tokenizer(model) if data or eval_data or files else None
+    found = [build_examples(part, tokenizer, data_config)[0] if part else [] for part in rows]
     base = empty_model(model)
     if found[0]:
         sizes.setdefault("length", default_length(len(found[0])))
@@ -152,7 +152,14 @@ def forecast_for(
         full = min(config.packing_length or PASS_TOKENS, setup.longest * config.per_device_train_batch_size)
         whole, rest = divmod(max(full, setup.longest), setup.longest)
         setup = replace(setup, lengths=(setup.longest,) * whole + ((rest,) if rest else ()))
-    return estimate(base, setup, available=budget(place), baseline=resident(place), files=files)
+    return estimate(
+        base,
+        setup,
+        available=budget(place),
+        baseline=resident(place),
+        files=files,
+        while_loading=while_loading,
+    )
 
 
 def _longest(tokens: int) -> Example:
