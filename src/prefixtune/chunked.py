@@ -17,6 +17,7 @@ __all__ = ["IGNORED", "STEP", "chunked_cross_entropy", "chunked_divergence", "wi
 
 STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
 CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
+CHUNK_TOKENS = 128  # at a time at least, however large the vocabulary: matmuls of fewer are slow
 SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
 IGNORED = -100
 Head = Callable[[Tensor], Tensor]
@@ -80,7 +81,7 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         vocabulary = head(hidden[:0].detach()).shape[1]
-        chunks = max(1, -(-len(hidden) * vocabulary // CHUNK_NUMBERS))
+        chunks = max(1, min(-(-len(hidden) * vocabulary // CHUNK_NUMBERS), -(-len(hidden) // CHUNK_TOKENS)))
         size = max(1, -(-len(hidden) // (chunks * STEP))) * STEP  # equal chunks, of few sizes
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
