@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from families import tiny_model
+from operations import Operations
 from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, Plan, plan_of, read_file
 from prefixtune.compare.cell import run_cell
@@ -133,6 +134,16 @@ def test_training_time_holds_the_sampling_of_neutral_text(
     found = run_cell(plan, cell, make_rows(plan), tmp_path)
     assert found["train_seconds"] > 2
     assert found["seconds"]["prepare_and_train"] - found["train_seconds"] < 2
+
+
+@pytest.mark.parametrize("of", ["lora", "prefix"])
+def test_answers_of_each_method_multiply_the_head_once(of: str, model: Path, tmp_path: Path) -> None:
+    plan = make_plan(model, methods=(of,), seeds=1, metrics=("bleu",), forgetting=False)
+    (cell,) = plan.cells
+    with Operations(load_base(str(model)).model.config.vocab_size) as seen:
+        run_cell(plan, cell, make_rows(plan), tmp_path)
+    assert "aten::mm" in seen.names
+    assert "aten::bmm" not in seen.names
 
 
 def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Measured) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import tiny_model
+from operations import Operations
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import empty_rows, row_runner
 from prefixtune.config import DataConfig
@@ -55,20 +55,6 @@ def test_answer_in_a_batch_is_the_answer_alone_in_the_prompts_order(make: Any, b
     assert len(set(alone)) > 1
 
 
-class Ops(TorchDispatchMode):
-    """Names of PyTorch's operations whose result is as wide as the vocabulary."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width, self.names = width, set[str]()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.width,):
-            self.names.add(op.name())
-        return result
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
 def test_head_of_a_frozen_base_is_multiplied_once_for_all_rows(family: str, rows: int) -> None:
@@ -78,10 +64,11 @@ def test_head_of_a_frozen_base_is_multiplied_once_for_all_rows(family: str, rows
     prefix = PrefixModel(base, PrefixConfig(length=4))
     batch = {"input_ids": torch.ones(rows, 5, dtype=torch.long)}
     settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-    run, joined = row_runner(base), empty_rows(base)
+    served = tiny_model(family)  # frozen as well, and without a PrefixModel
+    run, joined = row_runner(served), empty_rows(served)
     for _ in range(rows):
         joined.join(joined.fresh([prefix.prefix.bake()]))
-    with Ops(width) as seen:
+    with Operations(width) as seen:
         prefix.generate(**batch, **settings)
         base.generate(**batch, **settings)  # bare: frozen all the same
         run(joined, batch["input_ids"])
