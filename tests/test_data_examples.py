@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,8 @@ def process_func(example: dict[str, str], tokenizer: Any, max_length: int) -> di
 
 
 def check_against_the_tutorial(tokenizer: Any, max_length: int) -> None:
-    examples, report = build_examples(rows(*ALPACA), tokenizer, DataConfig(max_length=max_length))
+    config = DataConfig(template="human", max_length=max_length)
+    examples, report = build_examples(rows(*ALPACA), tokenizer, config)
     for values, example in zip(ALPACA, examples, strict=True):
         expected = process_func(values, tokenizer, max_length)
         assert list(example.input_ids) == expected["input_ids"]
@@ -86,11 +88,42 @@ def test_human_rows_are_the_tutorials_rows(kind: str) -> None:
 
 def test_human_template_lets_a_bos_adding_tokenizer_add_it_where_the_tutorials_does() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    example = build_examples(rows(ALPACA[0]), tokenizer, DataConfig())[0][0]
+    (example,), report = build_examples(rows(ALPACA[0]), tokenizer, DataConfig(template="human"))
     assert [i for i, token in enumerate(example.input_ids) if token == tokenizer.bos_token_id] == [
         0,
         example.labels.index(tokenizer.bos_token_id),
     ]
+    assert "A SECOND BOS before each target" in report.summary()
+
+
+@pytest.mark.parametrize("template", [None, "human-one-bos"])
+def test_rows_by_default_are_the_tutorials_without_a_bos_before_the_target(template: str | None) -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    config = DataConfig(template=template, max_length=10_000)
+    examples, report = build_examples(rows(*ALPACA), tokenizer, config)
+    bos = [tokenizer.bos_token_id]
+    for example, prompt, tutorial in zip(
+        examples,
+        build_prompts(rows(*ALPACA), tokenizer, config),
+        build_examples(rows(*ALPACA), tokenizer, replace(config, template="human"))[0],
+        strict=True,
+    ):
+        asked, target = (list(ids) for ids in (prompt.input_ids, tutorial.input_ids[len(prompt.input_ids) :]))
+        assert asked[:1] == target[:1] == bos
+        assert list(example.input_ids) == asked + target[1:]
+        assert list(example.labels) == [-100] * len(asked) + target[1:]
+    assert report.template == "human-one-bos"
+    assert not report.inner_bos
+    assert "template human-one-bos, as the tokenizer begins each text with a BOS" in report.summary()
+
+
+@pytest.mark.parametrize("kind", ["without BOS", "with spaces in tokens", "slow, adding EOS"])
+def test_rows_by_default_are_the_tutorials_where_no_text_begins_with_a_bos(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    examples, report = build_examples(rows(*ALPACA), tokenizer, DataConfig())
+    assert examples == build_examples(rows(*ALPACA), tokenizer, DataConfig(template="human"))[0]
+    assert report.template == "human"
+    assert not report.inner_bos
 
 
 @pytest.mark.slow
@@ -215,7 +248,7 @@ def test_format_fills_named_fields_into_the_prompt(template: str, prompt: str) -
         ("a} {output}", "template: "),
         ("{{a}}", "expected a format with"),
         ("{output} {output}", "the target {output} is in the prompt too"),
-        ("humane", "expected human, chat, or a format"),
+        ("humane", "expected human, human-one-bos, chat, or a format"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(template: str, reason: str) -> None:

@@ -150,7 +150,7 @@ def test_chat_without_a_prefix_is_what_it_was(place: Path, output: Path) -> None
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, THINKING, "\n" + CHATML + "\n", None])
-@pytest.mark.parametrize("form", ["chat", "human", FORMAT])
+@pytest.mark.parametrize("form", ["chat", "human", "human-one-bos", FORMAT])
 @pytest.mark.parametrize("make", [byte_tokenizer, metaspace_tokenizer])
 def test_chat_is_exact_or_not_offered(make: Any, form: str, template: str | None) -> None:
     tokenizer = make(chat_template=template)

@@ -145,6 +145,7 @@ def test_model_with_learnt_positions_is_not_asked_beyond_the_last(make_prefix: b
     ("template", "row"),
     [
         ("human", {"instruction": "Why?", "output": "So."}),
+        ("human-one-bos", {"instruction": "Why?", "output": "So."}),
         ("chat", {"instruction": "Why?", "output": "So."}),
         ("Q: {question}\\nA: {reply}", {"question": "Why?", "reply": "So."}),
         ("{instruction}|{input}|{output}", {"instruction": "Why?", "input": "", "output": "So."}),
@@ -166,11 +167,11 @@ def test_one_text_does_not_fill_a_format_of_several_fields() -> None:
         prompt_row("Why?", "{question} {context} {reply}")
 
 
-@pytest.mark.parametrize("template", ["human", "Q: {question}\\nA: {reply}"])
+@pytest.mark.parametrize("template", ["human", "human-one-bos", "Q: {question}\\nA: {reply}"])
 @pytest.mark.parametrize("bos", [True, False])
 def test_conversation_is_its_rows_as_in_training_and_begins_once(template: str, bos: bool) -> None:
     tokenizer = tokenizer_with_padding(bos=bos)
-    fields = ("instruction", "output") if template == "human" else ("question", "reply")
+    fields = ("question", "reply") if "{" in template else ("instruction", "output")
     turns = [("Who?", "You."), ("Where?", "There.")]
     rows = [Row(values=dict(zip(fields, turn, strict=True)), origin="r") for turn in turns]
     trained, _ = build_examples(rows, tokenizer, DataConfig(template=template))

@@ -469,6 +469,21 @@ def assert_starts_from(output: Path, place: Path, ids: list[int]) -> None:
         torch.testing.assert_close(found[f"layers.{index}.value"], layer.value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", [None, "human"])
+def test_run_records_the_template_of_its_rows(tmp_path: Path, bos: bool, template: str | None) -> None:
+    tokenizer = byte_tokenizer(bos=bos)
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 2)
+    chosen = ["--template", template] if template else []
+    result = succeed(*options(tmp_path, tmp_path / "run", *SHORT_RUN, *chosen, evaluates=False))
+    default = "human-one-bos" if bos else "human"
+    assert json.loads((tmp_path / "run/prefix.json").read_text())["template"] == (template or default)
+    assert ("template human-one-bos, as the tokenizer" in result.stderr) == (bos and not template)
+    assert ("A SECOND BOS" in result.stderr) == (bos and template == "human")
+
+
 def test_prefix_starts_from_the_kv_of_a_whole_training_row(place: Path, tmp_path: Path) -> None:
     examples, _ = build_examples(
         load_rows(str(place / "rows.jsonl")), AutoTokenizer.from_pretrained(place / "model"), DataConfig()

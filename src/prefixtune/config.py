@@ -201,10 +201,12 @@ class PrefixConfig(_Config):
 class DataConfig(_Config):
     """Where the rows come from and how a row becomes token ids and target tokens."""
 
-    template: str = option(
-        "human",
-        "human (the tutorial's), chat (the tokenizer's chat template), or a format such as "
-        "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break)",
+    template: str | None = option(
+        None,
+        "human (the tutorial's), human-one-bos (the same text, with the tokenizer's BOS only at its start), "
+        "chat (the tokenizer's chat template), or a format such as "
+        "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break); "
+        "by default human-one-bos where the tokenizer begins each text with a BOS, human where it does not",
     )
     fields: str | None = option(
         None, "map the template's fields to the file's columns, e.g. input=mr,output=ref"

@@ -170,14 +170,14 @@ def check_ids(model: Any, rows: Iterable[Sequence[int]]) -> None:
         )
 
 
-def prompt_row(text: str, template: str, *, origin: str = "prompt") -> Row:
+def prompt_row(text: str, template: str | None, *, origin: str = "prompt") -> Row:
     """A row that asks `text`: the instruction of the human and chat templates, or a format's only field.
 
     Raises:
         ConfigError: the format has several fields before its target, so that one text does not fill it.
     """
     target = _target_field(template)
-    if "{" not in template:
+    if template is None or "{" not in template:
         return Row(values={"instruction": text, target: PLACEHOLDER}, origin=origin)
     fields = [name for name in _format_fields(template) if name != target]
     if "instruction" in fields and set(fields) <= {"instruction", "input"}:
@@ -192,7 +192,7 @@ def prompt_row(text: str, template: str, *, origin: str = "prompt") -> Row:
     return Row(values={**values, target: PLACEHOLDER}, origin=origin)
 
 
-def without_target(rows: Sequence[Row], template: str) -> list[Row]:
+def without_target(rows: Sequence[Row], template: str | None) -> list[Row]:
     """The rows for prompting: where the target is missing or empty, a placeholder that no prompt holds."""
     target = _target_field(template)
     filled = []
@@ -202,7 +202,7 @@ def without_target(rows: Sequence[Row], template: str) -> list[Row]:
     return filled
 
 
-def with_target(row: Row, text: str, template: str) -> Row:
+def with_target(row: Row, text: str, template: str | None) -> Row:
     """The row with `text` for its target: in a chat, for what the assistant says last."""
     target = _target_field(template)
     messages = row.values.get("messages") if template == "chat" else None
@@ -250,8 +250,8 @@ def _without_start(ids: Sequence[int], tokenizer: Any, *, is_first: bool) -> Seq
     return ids[1:] if starts else ids
 
 
-def _target_field(template: str) -> str:
-    fields = _format_fields(template) if "{" in template else ["output"]
+def _target_field(template: str | None) -> str:
+    fields = _format_fields(template) if template and "{" in template else ["output"]
     return fields[-1] if fields else "output"
 
 

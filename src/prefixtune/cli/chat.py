@@ -16,7 +16,8 @@ __all__ = ["chat"]
 @click.option("--model", help="base model; the one that the prefix was trained on by default")
 @model_options
 @click.option(
-    "--template", help="how turns are written; by default as the prefix was trained, else chat or human"
+    "--template",
+    help="how turns are written; by default as the prefix was trained, else chat or as train has it",
 )
 @click.option(
     "--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="longest answer"

@@ -22,7 +22,7 @@ _KNOBS = (
     *(field.name for field in dataclasses.fields(TrainConfig)),
 )
 _DEFAULTS = {
-    "template": "chat where the tokenizer has a chat template, else human",
+    "template": "chat where the tokenizer has a chat template, else as train has it",
     **{name: str(value) for name, value in DISTILL_TRAINING.items()},
 }
 

@@ -66,7 +66,7 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="write all answers with their references to this file, as JSON lines, and the metrics beside it",
 )
-@config_options("data", defaults={"template": "what the prefix was trained with, else human"})
+@config_options("data", defaults={"template": "what the prefix was trained with, else as train has it"})
 @json_option
 def evaluate(
     model: str | None,

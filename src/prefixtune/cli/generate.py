@@ -33,7 +33,7 @@ __all__ = ["generate"]
 @config_options(
     "data",
     only=("template", "fields", "split", "limit"),
-    defaults={"template": "what the prefix was trained with, else human"},
+    defaults={"template": "what the prefix was trained with, else as train has it"},
 )
 @json_option
 def generate(

@@ -12,6 +12,7 @@ import torch
 
 from prefixtune.cli.engine import Loaded, with_prefix
 from prefixtune.cli.output import say
+from prefixtune.data import default_template
 from prefixtune.errors import ConfigError, PrefixTuneError
 from prefixtune.generate import check_positions, conversation_ids, ending
 
@@ -30,7 +31,7 @@ class Session:
     Args:
         loaded: who answers first.
         template: how turns are written; unless given, as the prefix was trained, else the chat template where
-            the tokenizer has one, else human.
+            the tokenizer has one, else the default one.
         settings: options of `generate`.
         seed: makes the whole session repeatable.
     """
@@ -102,8 +103,8 @@ class Session:
                 say("the answer is empty; the turn is not remembered")
 
     def _form(self) -> str:
-        fallback = "chat" if getattr(self._active.tokenizer, "chat_template", None) else "human"
-        return self._template or self._active.template or fallback
+        trained = self._template or self._active.template
+        return trained or default_template(self._active.tokenizer, chat=True)
 
     def _bare(self) -> Loaded:
         loaded = self._active

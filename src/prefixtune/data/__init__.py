@@ -14,6 +14,7 @@ from prefixtune.data.examples import (
     Prompt,
     build_examples,
     build_prompts,
+    default_template,
 )
 from prefixtune.data.row import Row
 from prefixtune.data.show import example_text
@@ -27,6 +28,7 @@ __all__ = [
     "Row",
     "build_examples",
     "build_prompts",
+    "default_template",
     "example_text",
     "load_rows",
     "parse_fields",

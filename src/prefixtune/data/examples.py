@@ -9,11 +9,21 @@ from typing import Any
 from prefixtune.config import DataConfig
 from prefixtune.data.chat import ChatTemplate
 from prefixtune.data.row import NoTargetError, Row, count_converted
-from prefixtune.data.templates import NO_TARGET, Encoded, FormatTemplate, HumanTemplate, Template, require_eos
+from prefixtune.data.templates import (
+    NO_TARGET,
+    Encoded,
+    FormatTemplate,
+    HumanTemplate,
+    Template,
+    begins_with_bos,
+    require_eos,
+)
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.progress import progress_bar
 
-__all__ = ["DataReport", "Example", "Prompt", "build_examples", "build_prompts"]
+__all__ = ["DataReport", "Example", "Prompt", "build_examples", "build_prompts", "default_template"]
+
+ONE_BOS = "human-one-bos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,8 @@ class DataReport:
         converted: numbers and booleans that were turned into text.
         empty: examples whose answer is an empty text, so that the end token is their only target.
         unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
+        template: how the rows were written.
+        inner_bos: the template puts the tokenizer's BOS before each target too.
     """
 
     rows: int
@@ -73,6 +85,8 @@ class DataReport:
     converted: int = 0
     empty: int = 0
     unclosed: int = 0
+    template: str = "human"
+    inner_bos: bool = False
 
     def summary(self) -> str:
         """One line for people; what was lost is in capitals, and is not mentioned where there was none."""
@@ -91,6 +105,10 @@ class DataReport:
             parts.append(f"{_plural(self.empty, 'answer')} EMPTY, with the end token for target")
         if self.unclosed:
             parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
+        if self.template == ONE_BOS:
+            parts.append(f"template {ONE_BOS}, as the tokenizer begins each text with a BOS")
+        if self.inner_bos:
+            parts.append(f"A SECOND BOS before each target, which the template {ONE_BOS} leaves out")
         return "; ".join(parts)
 
 
@@ -108,7 +126,8 @@ def build_examples(
         ConfigError: the template is none of the known ones.
         DataError: a row lacks a field or a target, no row is left, or the tokenizer lacks what is needed.
     """
-    template = _template_for(config.template, tokenizer)
+    form = config.template or default_template(tokenizer)
+    template = _template_for(form, tokenizer)
     examples: list[Example] = []
     dropped = converted = empty = unclosed = 0
     with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
@@ -140,6 +159,8 @@ def build_examples(
         converted=converted,
         empty=empty,
         unclosed=unclosed,
+        template=form,
+        inner_bos=form == "human" and begins_with_bos(tokenizer),
     )
     return examples, report
 
@@ -170,15 +191,27 @@ def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> li
     return prompts
 
 
-def _template_for(text: str, tokenizer: Any) -> Template:
-    if text != "human" and text != "chat" and "{" not in text:
+def default_template(tokenizer: Any, *, chat: bool = False) -> str:
+    """The template where none is given: human, but with no BOS in the middle of a row.
+
+    Args:
+        chat: the tokenizer's chat template instead, if it has one.
+    """
+    if chat and getattr(tokenizer, "chat_template", None):
+        return "chat"
+    return ONE_BOS if begins_with_bos(tokenizer) else "human"
+
+
+def _template_for(text: str | None, tokenizer: Any) -> Template:
+    text = text or default_template(tokenizer)
+    if text not in ("human", ONE_BOS, "chat") and "{" not in text:
         raise ConfigError(
-            f"template: expected human, chat, or a format with {{fields}}; got {text!r}",
+            f"template: expected human, {ONE_BOS}, chat, or a format with {{fields}}; got {text!r}",
             hint="for example 'Question: {instruction}\\nAnswer: {output}'",
         )
     require_eos(tokenizer)
-    if text == "human":
-        return HumanTemplate(tokenizer)
+    if text in ("human", ONE_BOS):
+        return HumanTemplate(tokenizer, one_bos=text == ONE_BOS)
     return ChatTemplate(tokenizer) if text == "chat" else FormatTemplate(tokenizer, text)
 
 

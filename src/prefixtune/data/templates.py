@@ -19,6 +19,7 @@ __all__ = [
     "HumanTemplate",
     "PromptText",
     "Template",
+    "begins_with_bos",
     "empty_target",
     "token_ids",
 ]
@@ -64,6 +65,12 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS before each text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and token_ids(tokenizer, "a")[:1] == [bos]
+
+
 def empty_target(row: Row, name: str, what: str = "empty") -> NoTargetError:
     return NoTargetError(
         f"{row.origin}: {name} is {what}, so the row has no target",
@@ -80,23 +87,26 @@ def _pair(prompt_ids: list[int], target_ids: list[int], *, empty: bool) -> Encod
 class HumanTemplate:
     """The tutorial's process_func: "Human: {instruction}\\n{input}", then "Assistant: " and the output.
 
+    It tokenises prompt and target apart, with special tokens in both, so a tokenizer that begins each text
+    with a BOS puts one before the target too. `one_bos` leaves that one out.
+
     Its rule for fields: `output` is required, and one of `instruction` and `input`. A row without the column
     `input` reads as the tutorial's with input "". A row without the column `instruction` has no line for it:
     "Human: {input}". Null in a column that is there is an empty text, but no target.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, one_bos: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._one_bos = one_bos
 
     def fields(self, row: Row) -> tuple[str, ...]:
         return ("instruction", "input", "output")
 
     def encode(self, row: Row) -> Encoded:
         prompt, target = self._texts(row)
-        # special tokens in both calls, as in the tutorial: a BOS-adding tokenizer adds one to the target too
         return _pair(
             token_ids(self._tokenizer, prompt),
-            token_ids(self._tokenizer, target + self._tokenizer.eos_token),
+            token_ids(self._tokenizer, target + self._tokenizer.eos_token, special=not self._one_bos),
             empty=not target.strip(),
         )
 

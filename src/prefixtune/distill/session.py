@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.config import DISTILL_TRAINING, DistillConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example
+from prefixtune.data import Example, default_template
 from prefixtune.distill.comparison import (
     NO_TEXT,
     PREFIX,
@@ -145,7 +145,7 @@ def distill(
         return dataclasses.replace(known, output=str(output))
     check_weights(model, config, force=force)
     base = _load(model, config, began)
-    form = template or ("chat" if getattr(base.tokenizer, "chat_template", None) else "human")
+    form = template or default_template(base.tokenizer, chat=True)
     context = Context.of(text, base.tokenizer, template=form, instruction=instruction)
     length = length_of(settings.length, context)
     note(

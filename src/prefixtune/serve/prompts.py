@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Row, build_prompts
+from prefixtune.data import Row, build_prompts, default_template
 from prefixtune.data.row import check_text
 from prefixtune.errors import DataError
 from prefixtune.generate import PLACEHOLDER, conversation_ids
@@ -26,9 +26,8 @@ class Prompts:
         self._lock = threading.Lock()  # a fast tokenizer may be borrowed by one at a time
 
     def template(self, trained: str | None) -> str:
-        """The one that a prefix was trained with; else chat where the tokenizer can, or human."""
-        fallback = "chat" if getattr(self._tokenizer, "chat_template", None) else "human"
-        return trained or fallback
+        """The one that a prefix was trained with; else chat where the tokenizer can, or the default."""
+        return trained or default_template(self._tokenizer, chat=True)
 
     def of_messages(self, messages: Sequence[Message], trained: str | None) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks next.

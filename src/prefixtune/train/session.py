@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example, build_examples, load_rows, parse_fields
+from prefixtune.data import Example, build_examples, default_template, load_rows, parse_fields
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids
@@ -125,7 +125,7 @@ def train(
         began=began,
         output=output,
         prefix_options=prefix_options or {},
-        template=data_config.template,
+        template=data_config.template or default_template(base.tokenizer),
         config=config,
         force=force,
     )

@@ -76,7 +76,7 @@ def _around(template: str, tokenizer: Any) -> dict[str, Any] | None:
         "start": tokenizer.bos_token or "" if starts else "",
         "before": before,
         "after": after,
-        "trim": template == "human",  # as the template does before the answer's label
+        "trim": "{" not in template,  # as human does before the answer's label
     }
 
 
