@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from prefixtune.config import DataConfig
-from prefixtune.data import DataReport, Row, build_examples, build_prompts
+from prefixtune.data import DataReport, Row, build_examples, build_prompts, default_template
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.serve.prompts import Prompts
 from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, slow_tokenizer
 
 ALPACA = [
@@ -114,7 +115,19 @@ def test_rows_by_default_are_the_tutorials_without_a_bos_before_the_target(templ
         assert list(example.labels) == [-100] * len(asked) + target[1:]
     assert report.template == "human-one-bos"
     assert not report.inner_bos
-    assert "template human-one-bos, as the tokenizer begins each text with a BOS" in report.summary()
+    assert "template human-one-bos: the BOS of the tokenizer once a row" in report.summary()
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_conversations_by_default_are_the_chat_templates_or_rows_by_default(
+    bos: bool, template: str | None
+) -> None:
+    tokenizer = byte_tokenizer(bos=bos, chat_template=template)
+    rows_form = "human-one-bos" if bos else "human"
+    assert default_template(tokenizer) == rows_form
+    expected = "chat" if template else rows_form
+    assert default_template(tokenizer, chat=True) == Prompts(tokenizer).template(None) == expected
 
 
 @pytest.mark.parametrize("kind", ["without BOS", "with spaces in tokens", "slow, adding EOS"])
@@ -248,6 +261,7 @@ def test_format_fills_named_fields_into_the_prompt(template: str, prompt: str) -
         ("a} {output}", "template: "),
         ("{{a}}", "expected a format with"),
         ("{output} {output}", "the target {output} is in the prompt too"),
+        ("", "expected human, human-one-bos, chat, or a format"),
         ("humane", "expected human, human-one-bos, chat, or a format"),
     ],
 )

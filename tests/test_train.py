@@ -480,7 +480,9 @@ def test_run_records_the_template_of_its_rows(tmp_path: Path, bos: bool, templat
     result = succeed(*options(tmp_path, tmp_path / "run", *SHORT_RUN, *chosen, evaluates=False))
     default = "human-one-bos" if bos else "human"
     assert json.loads((tmp_path / "run/prefix.json").read_text())["template"] == (template or default)
-    assert ("template human-one-bos, as the tokenizer" in result.stderr) == (bos and not template)
+    assert ("template human-one-bos: the BOS of the tokenizer once a row" in result.stderr) == (
+        bos and not template
+    )
     assert ("A SECOND BOS" in result.stderr) == (bos and template == "human")
 
 

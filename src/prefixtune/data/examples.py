@@ -106,7 +106,7 @@ class DataReport:
         if self.unclosed:
             parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
         if self.template == ONE_BOS:
-            parts.append(f"template {ONE_BOS}, as the tokenizer begins each text with a BOS")
+            parts.append(f"template {ONE_BOS}: the BOS of the tokenizer once a row")
         if self.inner_bos:
             parts.append(f"A SECOND BOS before each target, which the template {ONE_BOS} leaves out")
         return "; ".join(parts)
@@ -126,7 +126,7 @@ def build_examples(
         ConfigError: the template is none of the known ones.
         DataError: a row lacks a field or a target, no row is left, or the tokenizer lacks what is needed.
     """
-    form = config.template or default_template(tokenizer)
+    form = default_template(tokenizer) if config.template is None else config.template
     template = _template_for(form, tokenizer)
     examples: list[Example] = []
     dropped = converted = empty = unclosed = 0
@@ -203,7 +203,7 @@ def default_template(tokenizer: Any, *, chat: bool = False) -> str:
 
 
 def _template_for(text: str | None, tokenizer: Any) -> Template:
-    text = text or default_template(tokenizer)
+    text = default_template(tokenizer) if text is None else text
     if text not in ("human", ONE_BOS, "chat") and "{" not in text:
         raise ConfigError(
             f"template: expected human, {ONE_BOS}, chat, or a format with {{fields}}; got {text!r}",
