@@ -14,7 +14,7 @@ from prefixtune.cli.output import print_json
 __all__ = ["quickstart"]
 
 NEXT = """Go on with:
-  prefixtune chat --prefix {output} --template human
+  prefixtune chat --prefix {output}
   prefixtune evaluate --prefix {output} --data demo:heldout
   prefixtune inspect {output}
   prefixtune train --model demo --data YOUR.jsonl --output runs/mine
