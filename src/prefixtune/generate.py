@@ -216,7 +216,9 @@ def with_target(row: Row, text: str, template: str | None) -> Row:
     return Row(values={**row.values, "messages": asked}, origin=row.origin)
 
 
-def conversation_ids(turns: Sequence[tuple[str, str]], text: str, tokenizer: Any, template: str) -> list[int]:
+def conversation_ids(
+    turns: Sequence[tuple[str, str]], text: str, tokenizer: Any, template: str | None
+) -> list[int]:
     """Token ids of a conversation up to the answer to `text`.
 
     Args:

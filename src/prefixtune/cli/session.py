@@ -46,7 +46,7 @@ class Session:
         check_positions(
             loaded.model, settings["max_new_tokens"]
         )  # an unsupported model is told before a turn
-        conversation_ids([], "?", loaded.tokenizer, template or "human")  # and so is a wrong template
+        conversation_ids([], "?", loaded.tokenizer, template)  # and so is a wrong template
         self._settings = settings
         if seed is not None:
             torch.manual_seed(seed)

@@ -14,7 +14,7 @@ import torch
 
 from prefixtune.attachment import attach
 from prefixtune.config import DataConfig
-from prefixtune.data import build_prompts, default_template
+from prefixtune.data import build_prompts
 from prefixtune.errors import ConfigError, StorageError
 from prefixtune.generate import prompt_row
 from prefixtune.geometry import is_exact, quiet_eval
@@ -85,10 +85,9 @@ def _greedy(base: Any, prompt: Sequence[int], *, count: int, margin: float = 0.0
 
 def _prompts(tokenizer: Any, template: str | None) -> list[list[int]]:
     """The texts as the prefix was trained to read them, else as they are."""
-    form = template or default_template(tokenizer)
     try:
-        rows = [prompt_row(text, form) for text in TEXTS]
-        built = build_prompts(rows, tokenizer, DataConfig(template=form))
+        rows = [prompt_row(text, template) for text in TEXTS]
+        built = build_prompts(rows, tokenizer, DataConfig(template=template))
     except ConfigError:
         return [tokenizer(text)["input_ids"] for text in TEXTS]
     return [list(prompt.input_ids) for prompt in built]
