@@ -30,8 +30,11 @@ __all__ = [
     "text_config",
 ]
 
-SKETCH_TENSORS = 6  # tensors sampled for the fingerprint: the embedding, and others spread over the depth
-SKETCH_VALUES = 48  # values sampled from each
+SKETCH_TENSORS = (
+    6  # matrices of which the fingerprint has SKETCH_VALUES: the embedding, others over the depth
+)
+SKETCH_VALUES = 48
+SKETCH_OTHERS = 4  # values of each other matrix: a merged LoRA changes some kinds of layer alone
 
 
 CAUSAL_FORM = "set is_decoder=True where the architecture has a causal form"
@@ -157,8 +160,9 @@ class Geometry:
 class Fingerprint:
     """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
 
-    `values` holds sampled numbers of a few tensors by parameter name, `dtype` their precision. Two loads of
-    one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little.
+    `values` holds sampled numbers of every matrix by parameter name, `dtype` their precision. Two loads of
+    one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little, and even
+    if one kind of layer moved alone.
     """
 
     values: dict[str, list[float]]
@@ -177,14 +181,16 @@ class Fingerprint:
         before: Fingerprint | None = getattr(base, "prefixtune_fingerprint", None)
         if before is not None:
             return before
-        weights = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() == 2]
+        matrices = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() > 1]
+        weights = [(name, p) for name, p in matrices if p.dim() == 2]
         if not weights or weights[0][1].is_meta:
             return cls(values={})
-        chosen = {round(i * (len(weights) - 1) / (SKETCH_TENSORS - 1)) for i in range(SKETCH_TENSORS)}
+        stride = (len(weights) - 1) / (SKETCH_TENSORS - 1)
+        more = {weights[round(i * stride)][0] for i in range(SKETCH_TENSORS)}
         values = {}
-        for name, weight in (weights[i] for i in sorted(chosen)):
-            flat = weight.detach().reshape(-1)
-            index = torch.linspace(0, flat.numel() - 1, SKETCH_VALUES, dtype=torch.float64).round().long()
+        for name, weight in matrices:
+            flat, count = weight.detach().reshape(-1), SKETCH_VALUES if name in more else SKETCH_OTHERS
+            index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
             values[name] = flat[index.to(flat.device)].float().cpu().tolist()
         return cls(values=values, dtype=str(weights[0][1].dtype).removeprefix("torch."))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -109,9 +110,15 @@ def save_prefix(
             "geometry": geometry.to_dict(),
             "fingerprint": fingerprint.to_dict(),
         }
-        (draft / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / INFO).write_text(_written(info), encoding="utf-8")
         (draft / CARD).write_text(_card(info), encoding="utf-8")
     return target
+
+
+def _written(info: Mapping[str, Any]) -> str:
+    """JSON for people too: a list of numbers takes one line. Within a string there is no newline to match."""
+    text = json.dumps(info, indent=2, ensure_ascii=False)
+    return re.sub(r"\[\n([-+\d.eE,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:

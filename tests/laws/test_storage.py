@@ -18,6 +18,7 @@ from torch import Tensor
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.errors import StorageError, UnsupportedModelError
+from prefixtune.geometry import Fingerprint
 
 both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
 
@@ -28,8 +29,9 @@ def trained(
     family: str, *, projection: bool = False, layers: str | None = None, seed: int = 0
 ) -> PrefixModel:
     """A prefix after one optimizer step, so that it is nothing that a start could give."""
+    base = bare(family)  # made before the seed is set: making it sets another
     torch.manual_seed(seed)
-    model = PrefixModel(bare(family), PrefixConfig(length=5, projection=projection, layers=layers))
+    model = PrefixModel(base, PrefixConfig(length=5, projection=projection, layers=layers))
     gradients(model)
     torch.optim.AdamW(model.parameters(), lr=0.05).step()
     model.zero_grad()
@@ -147,6 +149,28 @@ def test_base_with_one_changed_matrix_is_refused(folder: Path, change: float) ->
     base.get_input_embeddings().weight.data.add_(change)
     with pytest.raises(StorageError, match="other weights"):
         load(folder, base)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_whichever_matrix_of_a_base_changed_it_is_another(family: str) -> None:
+    base = tiny_model(family)
+    before = Fingerprint.of(base)
+    for _, weight in filter(lambda named: named[1].dim() > 1, base.named_parameters()):
+        weight.data.mul_(1.02)
+        assert not before.matches(Fingerprint.of(base))
+        weight.data.div_(1.02)
+    assert before.matches(Fingerprint.of(tiny_model(family)))
+
+
+def test_folder_that_has_numbers_of_a_few_matrices_still_finds_its_base(folder: Path) -> None:
+    info = json.loads((folder / "prefix.json").read_text())
+    sampled = info["fingerprint"]["values"]
+    info["fingerprint"]["values"] = {name: all_of for name, all_of in sampled.items() if len(all_of) == 48}
+    assert len(info["fingerprint"]["values"]) == 6 < len(sampled)
+    (folder / "prefix.json").write_text(json.dumps(info))
+    load(folder)
+    with pytest.raises(StorageError, match="other weights"):
+        load(folder, tiny_model("llama", seed=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

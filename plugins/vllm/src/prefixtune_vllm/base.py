@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,12 @@ def _find(slices: Slices, name: str) -> tuple[Path, str] | None:
 
 def _sample(path: Path, name: str, count: int) -> tuple[torch.Tensor, str]:
     with safe_open(path, "pt") as file:
-        tensor = file.get_tensor(name)
-    flat = tensor.reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
-    return flat[index].float(), str(tensor.dtype).removeprefix("torch.")
+        tensor = file.get_slice(name)  # a row at a time: every matrix is sampled, and none is read whole
+        rows, *rest = tensor.get_shape()
+        width = math.prod(rest)
+        index = torch.linspace(0, rows * width - 1, count, dtype=torch.float64).round().long().tolist()
+        found = torch.stack([tensor[at // width : at // width + 1].reshape(-1)[at % width] for at in index])
+    return found.float(), str(found.dtype).removeprefix("torch.")
 
 
 def local_checkpoint(model: str, revision: str | None) -> Path:
