@@ -14,9 +14,10 @@ from prefixtune.attachment import empty_rows, row_runner
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.generate import conversation_ids, generate_batch, prompt_row, without_target
-from tokenizers_for_tests import CHATML, byte_tokenizer
+from prefixtune.generate import conversation_ids, ending, generate_batch, prompt_row, without_target
+from tokenizers_for_tests import CHATML, CHATML_MARKED, OPEN_ENDED, THINKING, byte_tokenizer
 
+ROLES = ("user", "assistant")
 TEXTS = ["Human: yes", "the colours are red, blue and yellow, system user", "a", "Answer the Question"]
 
 
@@ -95,8 +96,28 @@ def test_answer_ends_before_the_end_token_of_the_tokenizer_or_the_model() -> Non
 def test_greedy_is_greedy_whatever_the_models_generation_config_says() -> None:
     model = bare()
     plain = generate_batch(model, TOKENIZER, PROMPTS, max_new_tokens=7)
-    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9, top_k=40)
+    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9, top_k=40, num_beams=3)
+    model.generation_config.update(repetition_penalty=1.5, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7])
     assert generate_batch(model, TOKENIZER, PROMPTS, max_new_tokens=7) == plain
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [(CHATML, "<|im_end|>"), (CHATML_MARKED, "<|im_end|>"), (THINKING, "<|im_end|>"), (OPEN_ENDED, None)],
+)
+def test_answer_ends_where_the_chat_template_closes_a_turn(template: str, closing: str | None) -> None:
+    tokenizer = byte_tokenizer(chat_template=template)
+    ends = {tokenizer.eos_token, *([closing] if closing else [])}
+    assert set(tokenizer.convert_ids_to_tokens(ending(bare(), tokenizer)["eos_token_id"])) == ends
+
+
+def test_padding_token_that_the_model_has_no_embedding_for_is_not_used() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = bare()
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    expected = generate_batch(model, TOKENIZER, PROMPTS, max_new_tokens=7)
+    assert generate_batch(model, tokenizer, PROMPTS, max_new_tokens=7) == expected
 
 
 def test_seed_repeats_a_sample_and_leaves_torchs_random_state() -> None:
@@ -160,6 +181,22 @@ def test_prompt_of_a_text_is_the_prompt_of_a_row_that_asks_it(template: str, row
     answered, typed, read = build_prompts(rows, tokenizer, config)
     assert answered.input_ids == typed.input_ids == read.input_ids
     assert answered.text == typed.text == read.text
+
+
+@pytest.mark.parametrize("before", [[], [("Who?", "You.")]])
+def test_chat_that_ends_with_the_user_is_asked_for_the_answer(before: list[tuple[str, str]]) -> None:
+    tokenizer = tokenizer_with_padding(chat_template=CHATML)
+    said = [
+        {"role": role, "content": text} for turn in before for role, text in zip(ROLES, turn, strict=True)
+    ]
+    asked = [*said, {"role": "user", "content": "Why?"}]
+    rows = [
+        Row(values={"messages": asked}, origin="r"),
+        Row(values={"messages": [*asked, {"role": "assistant", "content": "So."}]}, origin="r"),
+    ]
+    prompts = build_prompts(without_target(rows, "chat"), tokenizer, DataConfig(template="chat"))
+    expected = conversation_ids(before, "Why?", tokenizer, "chat")
+    assert [list(prompt.input_ids) for prompt in prompts] == [expected, expected]
 
 
 def test_one_text_does_not_fill_a_format_of_several_fields() -> None:

@@ -202,9 +202,7 @@ def _sample(
     progress: str | None,
 ) -> list[tuple[list[int], int]]:
     """Ids of each text, and how many of them are its opening."""
-    # a penalty of the model's own generation config would make the text less likely to it
-    plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    settings = {**sampling(temperature=1.0, top_p=TOP_P), **plain}
+    settings = sampling(temperature=1.0, top_p=TOP_P)
     rows: list[tuple[list[int], int]] = []
     for _ in range(ROUNDS):
         asked = [starts[index % len(starts)] for index in range(len(rows), texts)]

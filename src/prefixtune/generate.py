@@ -14,10 +14,11 @@ from string import Formatter
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_examples, build_prompts
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, PrefixTuneError
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.progress import progress_bar
 
@@ -35,6 +36,36 @@ __all__ = [
     "without_target",
 ]
 
+PLAIN = {  # a model's generation config may have any of these
+    name: value
+    for name, value in {
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "min_new_tokens": None,
+        "min_p": None,
+        "typical_p": 1.0,
+        "top_h": None,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "bad_words_ids": None,
+        "sequence_bias": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "exponential_decay_length_penalty": None,
+        "guidance_scale": None,
+        "penalty_alpha": None,
+        "stop_strings": None,
+        "max_time": None,
+    }.items()
+    if hasattr(GenerationConfig(), name)  # not all are known to each version of transformers
+}
 PLACEHOLDER = "…"  # stands where a row has no target yet; a prompt ends before it
 
 
@@ -110,25 +141,41 @@ def generate_ids(
 
 
 def sampling(*, temperature: float, top_p: float) -> dict[str, Any]:
-    """Options of `model.generate`: greedy at temperature 0; else exactly what was asked, whatever the model's
-    own generation config has."""
+    """Options of `model.generate`: greedy at temperature 0; else exactly what was asked. Penalties, beams and
+    the like of the model's own generation config are switched off: `serve` has none of them either."""
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature: expected 0 or more; got {temperature}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p: expected a share above 0, up to 1; got {top_p}")
     if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        return {**PLAIN, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {**PLAIN, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 def ending(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Options of `model.generate`: the end tokens of the model and of the tokenizer, and a padding token."""
+    """Options of `model.generate`: the end tokens of the model, of the tokenizer and of its chat template's
+    turns, and a padding token that has an embedding."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, _turn_end(tokenizer)}
     ids = sorted(token for token in known if token is not None)
-    padding = next((token for token in (tokenizer.pad_token_id, *ids) if token is not None), 0)
-    return {"eos_token_id": ids or None, "pad_token_id": padding}
+    embedded = model.get_input_embeddings().weight.shape[0]  # a [PAD] may be in the tokenizer alone
+    usable = (token for token in (tokenizer.pad_token_id, *ids) if token is not None and token < embedded)
+    return {"eos_token_id": ids or None, "pad_token_id": next(usable, 0)}
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """What a chat's target ends with: tokenizers of base models often have another token as their EOS."""
+    if not tokenizer.chat_template:
+        return None
+    row = Row(values={"messages": _messages("a", "b")}, origin="probe")
+    try:
+        (example,), _ = build_examples([row], tokenizer, DataConfig(template="chat", max_length=sys.maxsize))
+    except PrefixTuneError:  # such a template trains no rows, so there is no turn to end
+        return None
+    added = {token for token, told in tokenizer.added_tokens_decoder.items() if told.special}
+    special = added.union(tokenizer.all_special_ids)
+    return next((token for token in reversed(example.labels) if token in special), None)
 
 
 def check_positions(model: Any, tokens: int) -> None:
@@ -193,12 +240,18 @@ def prompt_row(text: str, template: str | None, *, origin: str = "prompt") -> Ro
 
 
 def without_target(rows: Sequence[Row], template: str | None) -> list[Row]:
-    """The rows for prompting: where the target is missing or empty, a placeholder that no prompt holds."""
+    """The rows for prompting: a placeholder, which no prompt holds, for the target; a chat is asked for what
+    the assistant says last, or after the user's last turn."""
     target = _target_field(template)
     filled = []
     for row in rows:
-        asked = "messages" in row.values or str(row.values.get(target) or "").strip()
-        filled.append(row if asked else Row(values={**row.values, target: PLACEHOLDER}, origin=row.origin))
+        turns = row.values.get("messages") if template == "chat" else None
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            said = turns[:-1] if turns[-1].get("role") == "assistant" else turns
+            values = {**row.values, "messages": [*said, {"role": "assistant", "content": PLACEHOLDER}]}
+        else:
+            values = {**row.values, target: PLACEHOLDER}
+        filled.append(Row(values=values, origin=row.origin))
     return filled
 
 

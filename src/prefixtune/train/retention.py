@@ -99,7 +99,6 @@ def sample_texts(
     words = torch.randperm(min(len(tokenizer), text_config(base).vocab_size), generator=generator).tolist()
     start = _beginning(tokenizer)
     asked = [[*start, word] for word in words if word not in special][:texts]
-    settings = {**sampling(temperature=1.0, top_p=1.0), "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     with seeded(seed):
         answers = generate_ids(
             base,
@@ -107,7 +106,7 @@ def sample_texts(
             asked,
             max_new_tokens=tokens - len(start) - 1,
             batch_size=BATCH,
-            settings=settings,
+            settings=sampling(temperature=1.0, top_p=1.0),
             progress="sampling neutral text",
         )
     found = [[*begin, *new] for begin, new in zip(asked, answers, strict=True) if new]
