@@ -185,6 +185,24 @@ def test_prefix_and_row_beyond_the_models_positions_are_refused(
         assert hinted == ""
 
 
+@pytest.mark.parametrize("by_evaluation_rows", [False, True])
+def test_row_that_leaves_no_room_for_a_default_prefix_is_refused_with_what_makes_room(
+    place: Path, tmp_path: Path, by_evaluation_rows: bool
+) -> None:
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text(GOOD + LONG)
+    short.write_text(GOOD)
+    args = [*train(place, place / "never"), "--model", place / "learnt", "--length", "auto"]
+    args += ["--data", short, "--eval-data", long] if by_evaluation_rows else ["--data", long]
+    message = refused(place, *args, "--max-length", POSITIONS - 1, said="long.jsonl:2")
+    hinted = int(message.partition("--max-length ")[2].partition(" ")[0])
+    refused(place, *args, "--max-length", hinted + 1, said=str(POSITIONS))
+    args[args.index(place / "never")] = tmp_path / "run"
+    result = call(*args, "--max-length", hinted, "--on-no-target", "drop")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "prefix.json").read_text())["length"] == POSITIONS - hinted == 8
+
+
 def test_rows_and_answers_beyond_the_models_positions_are_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(LONG)
     for command in ("evaluate", "generate"):

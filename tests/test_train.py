@@ -20,18 +20,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.cli import main
-from prefixtune.config import DataConfig
+from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Collator, Example, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
 from prefixtune.train import PrefixTrainer, default_start
-from prefixtune.train.trainer import KeepBest, LengthGroupedSampler
+from prefixtune.train.trainer import KeepBest, LengthGroupedSampler, training_arguments
 from tokenizers_for_tests import byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
@@ -304,13 +305,56 @@ def test_resume_with_other_options_is_refused_and_names_them(
     assert contents(run_folder) == before
 
 
-def test_resume_on_other_rows_in_the_same_file_is_refused(place: Path, tmp_path: Path) -> None:
-    rows, output = write_rows(tmp_path / "rows.jsonl", 24), tmp_path / "run"
-    args = [*options(place, output, *SHORT_RUN), "--data", str(rows)]
+@pytest.mark.parametrize("changed", ["rows", "evaluation rows", "weights"])
+def test_resume_on_what_changed_under_the_same_name_is_refused(
+    place: Path, tmp_path: Path, changed: str
+) -> None:
+    rows, watched = write_rows(tmp_path / "rows.jsonl", 24), write_rows(tmp_path / "eval.jsonl", 6)
+    output, model = tmp_path / "run", shutil.copytree(place / "model", tmp_path / "model")
+    args = [*options(place, output, *SHORT_RUN, "--model", model), "--data", rows, "--eval-data", watched]
     succeed(*args)
     (output / "prefix.json").unlink()  # as if it had not come to its end
-    write_rows(rows, 24, first=7)
-    assert "rows.jsonl" in fail(*args, "--resume")
+    if changed == "weights":
+        tiny_model("gpt2", seed=5, vocab_size=340).save_pretrained(model)
+    else:
+        write_rows(rows if changed == "rows" else watched, 24 if changed == "rows" else 6, first=7)
+    before = contents(output)
+    message = fail(*args, "--resume")
+    called = {"rows": "rows.jsonl", "evaluation rows": "eval.jsonl", "weights": "weights"}
+    assert called[changed] in message
+    assert contents(output) == before
+    record = json.loads((output / "run.json").read_text())  # of a version that noted the training rows only
+    record["resolved"] = {k: v for k, v in record["resolved"].items() if k not in ("eval_rows", "base")}
+    (output / "run.json").write_text(json.dumps(record))
+    assert (call(*args, "--resume").exit_code == 0) == (changed == "evaluation rows")
+
+
+def test_folder_that_another_process_trains_in_is_left_alone(
+    place: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_folder / "prefix.json").unlink()
+    with FileLock(run_folder / ".lock"):
+        before = contents(run_folder)
+        for how in ("--resume", "--overwrite"):
+            assert "another process" in fail(*options(place, run_folder, *SHORT_RUN, how))
+        monkeypatch.setattr("prefixtune.train.session.open_run", lambda *args, **options: None)
+        assert "another process" in fail(*options(place, run_folder, *SHORT_RUN))
+    assert "meanwhile" in fail(*options(place, run_folder, *SHORT_RUN))  # it was not there at the start
+    assert {name: text for name, text in contents(run_folder).items() if name != ".lock"} == {
+        name: text for name, text in before.items() if name != ".lock"
+    }
+
+
+def test_trainer_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Several(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            assert self.n_gpu == 0  # set up, on this machine's CPU
+            self._n_gpu = 2
+
+    monkeypatch.setattr("prefixtune.train.trainer.TrainingArguments", Several)
+    resolved = {"steps": 4, "learning_rate": 0.1, "save_steps": 2}
+    assert training_arguments(TrainConfig(), tmp_path, resolved, evaluates=False).n_gpu == 1
 
 
 def test_resume_without_a_run_is_refused(place: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from prefixtune.geometry import Geometry
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, group_rows
 from prefixtune.train import planned_epochs
-from prefixtune.train.trainer import LengthGroupedSampler
+from prefixtune.train.trainer import LengthGroupedSampler, on_one_device
 
 __all__ = ["PeerTrainer", "lora_config", "matmul_layers", "peer_model", "peer_trainer"]
 
@@ -212,7 +212,7 @@ def peer_trainer(
 def _arguments(
     settings: PeerConfig, shared: TrainConfig, output: Path, *, epochs: float, warmup_steps: int
 ) -> Any:
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=shared.per_device_train_batch_size,
         gradient_accumulation_steps=shared.gradient_accumulation_steps,
@@ -233,3 +233,4 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    return on_one_device(args)

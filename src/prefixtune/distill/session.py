@@ -166,6 +166,7 @@ def distill(
             prefix_options=options | start,
             template=form,
             config=config,
+            overwrite=overwrite,
             force=force,
             files=None if began else {QUESTIONS: as_text(material.answered)},
         )

@@ -24,6 +24,7 @@ __all__ = [
     "default_length",
     "default_start",
     "digest",
+    "length_for",
     "planned_epochs",
     "planned_steps",
     "prefix_config_of",
@@ -109,28 +110,46 @@ def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None
     return (*front, *tokens[max(0, len(tokens) + len(front) - length) :])
 
 
-def _length_for(base: LoadedBase, examples: Sequence[Example]) -> int:
-    """The default length, or what positions the longest row leaves."""
-    length, limit = default_length(len(examples)), _positions(base)
-    if limit is not None:
-        length = min(length, max(1, limit - max(len(example.input_ids) for example in examples)))
-    return length
+def length_for(model: Any, rows: int, longest: Example) -> int:
+    """The default length for so many rows, or what the longest of all leaves of the model's positions.
+
+    Raises:
+        DataError: it leaves fewer than the shortest default.
+    """
+    length, limit, taken = default_length(rows), _positions(model), len(longest.input_ids)
+    if limit is None or taken + length <= limit:
+        return length
+    room = max(limit - taken, 0)
+    if room < SHORTEST_LENGTH:
+        fits = f"--max-length {limit - length} leaves room for {length}; " if limit - length > 2 else ""
+        raise DataError(
+            f"{longest.origin}: {taken} tokens leave {room} of the model's {limit} positions to the prefix",
+            hint=f"{fits}--length says how many virtual tokens it is to have",
+        )
+    note(f"a prefix of {room} virtual tokens in place of {length}: {longest.origin} leaves no more positions")
+    return room
 
 
-def _positions(base: LoadedBase) -> int | None:
-    config = base.model.config.get_text_config(decoder=True)
+def _positions(model: Any) -> int | None:
+    config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def prefix_config_of(
-    began: dict[str, Any] | None, options: Mapping[str, Any], base: LoadedBase, examples: list[Example]
+    began: dict[str, Any] | None,
+    options: Mapping[str, Any],
+    base: LoadedBase,
+    examples: list[Example],
+    eval_examples: Sequence[Example] = (),
 ) -> PrefixConfig:
     """The user's options; where they say nothing of a start, the KV of a whole training row."""
     if began:
         return PrefixConfig.from_dict(began["prefix"])
     given = _with_init(_given(options))
-    given.setdefault("length", _length_for(base, examples))
+    if "length" not in given:
+        longest = max((*examples, *eval_examples), key=lambda example: len(example.input_ids))
+        given["length"] = length_for(base.model, len(examples), longest)
     if "init" not in given:
         bos = getattr(base.tokenizer, "bos_token_id", None)
         tokens = default_start([example.input_ids for example in examples], given["length"], bos=bos)
@@ -226,7 +245,7 @@ def digest(examples: list[Example]) -> str:
 
 
 def check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
-    limit = _positions(base)
+    limit = _positions(base.model)
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = prefix.length + len(longest.input_ids)
     if limit is not None and needed > limit:

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from prefixtune.errors import RunError
@@ -26,12 +28,14 @@ __all__ = [
     "check_resumed",
     "cut_metrics",
     "finished",
+    "in_use",
     "last_checkpoint",
     "open_run",
     "record_run",
 ]
 
 RUN, METRICS, RETENTION, RATES = "run.json", "metrics.jsonl", "retention.json", "learning_rates.json"
+LOCK = ".lock"  # there while a process trains
 QUESTIONS, COMPARISON = "questions.jsonl", "comparison.json"  # of a distillation
 OURS = (
     RUN,
@@ -70,7 +74,7 @@ def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bo
                 hint=f"give the options that {record} records, or begin another run",
             )
         return began
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(path.name != LOCK for path in output.iterdir())):
         if not overwrite:
             raise RunError(
                 f"{output}: exists already and is not empty",
@@ -112,26 +116,68 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def check_resumed(output: Path, began: Mapping[str, Any], *, data: str, rows: str) -> None:
-    """Raise RunError where the rows, by their digest, are not those that the run was begun with."""
-    if began["resolved"].get("rows") != rows:
+def check_resumed(output: Path, resolved: Mapping[str, Any], same: Mapping[str, tuple[str, str]]) -> None:
+    """Raise RunError where the rows or the base are not those that the run was begun with.
+
+    Args:
+        resolved: what the run recorded; one of an earlier version knows its training rows only.
+        same: by name in `resolved`, what it is called and its digest now.
+    """
+    for name, (called, found) in same.items():
+        if resolved.get(name, found) != found:
+            what = "weights" if name == "base" else "rows"
+            raise RunError(
+                f"{called}: not the {what} that the run in {output} was begun with",
+                hint="restore them, or begin another run",
+            )
+
+
+@contextmanager
+def in_use(output: Path) -> Iterator[None]:
+    """Hold a run folder, made if need be, so that no other process trains in it.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise RunError(
-            f"{data}: not the rows that the run in {output} was begun with",
-            hint="restore the file, or begin another run",
-        )
+            f"{output}: another process trains in it", hint="wait for its end, or give another --output"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # some network file systems
+        note(f"{output}: no lock is to be had here ({error}), so train in it with one process at a time")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes it on release
+                (output / LOCK).unlink()
+            lock.release()
 
 
 def record_run(
-    output: Path, record: dict[str, Any], *, resume: bool, files: Mapping[str, str] | None = None
+    output: Path,
+    record: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write `files` (text by name), then run.json, so that a run that began has them.
 
     A run that is replaced goes only now, when all that can be checked was checked.
+
+    Raises:
+        RunError: another process began a run here since `open_run`, and it is not to be overwritten.
     """
-    if not resume and output.is_dir():
+    if not (resume or overwrite) and (output / RUN).exists():
+        raise RunError(f"{output}: another run was begun in it meanwhile", hint="give another --output")
+    if not resume:
         for path in (path for pattern in OURS for path in output.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     for name, content in {**(files or {}), RUN: text}.items():
         draft = output / f".{name}.draft"

@@ -26,7 +26,7 @@ from prefixtune.memory import (
     without_weights,
 )
 from prefixtune.model import PrefixModel
-from prefixtune.train.defaults import AUTO, default_length, planned_steps
+from prefixtune.train.defaults import AUTO, length_for, planned_steps
 from prefixtune.train.trainer import LengthGroupedSampler
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
@@ -137,8 +137,9 @@ def forecast_for(
     tokenizer = load_tokenizer(model) if data or eval_data or files else None
     found = [build_examples(part, tokenizer, data_config)[0] if part else [] for part in rows]
     base = empty_model(model)
-    if found[0]:
-        sizes.setdefault("length", default_length(len(found[0])))
+    if found[0] and "length" not in sizes:
+        longest = max((*found[0], *found[1]), key=lambda example: len(example.input_ids))
+        sizes["length"] = length_for(base, len(found[0]), longest)
     setup = setup_of(
         config,
         PrefixConfig(**sizes),

@@ -15,14 +15,22 @@ from prefixtune.data import Example, build_examples, default_template, load_rows
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids
-from prefixtune.geometry import quiet_eval
+from prefixtune.geometry import Fingerprint, quiet_eval
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import Estimate, explain_full_memory, measured_peak, readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.build import add_retention, make_trainer
 from prefixtune.train.defaults import check_lengths, check_options, digest, prefix_config_of, resolve
-from prefixtune.train.folder import RATES, check_resumed, finished, last_checkpoint, open_run, record_run
+from prefixtune.train.folder import (
+    RATES,
+    check_resumed,
+    finished,
+    in_use,
+    last_checkpoint,
+    open_run,
+    record_run,
+)
 from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
 from prefixtune.train.rate import find_learning_rate
 from prefixtune.train.trainer import PrefixTrainer, run
@@ -127,6 +135,7 @@ def train(
         prefix_options=prefix_options or {},
         template=data_config.template or default_template(base.tokenizer),
         config=config,
+        overwrite=overwrite,
         force=force,
     )
 
@@ -142,6 +151,7 @@ def train_examples(
     prefix_options: Mapping[str, Any],
     template: str,
     config: TrainConfig,
+    overwrite: bool = False,
     force: bool = False,
     files: Mapping[str, str] | None = None,
 ) -> TrainResult:
@@ -156,15 +166,21 @@ def train_examples(
     examples, eval_examples = rows
     resume = began is not None
     set_seed(config.seed)
-    prefix_config = prefix_config_of(began, prefix_options, base, examples)
+    prefix_config = prefix_config_of(began, prefix_options, base, examples, eval_examples or ())
     everything = [*examples, *(eval_examples or [])]
     check_ids(base.model, (example.input_ids for example in everything))
     check_lengths(base, prefix_config, everything)
+    same = {  # what a run that is resumed must find as it was
+        "rows": (source, digest(examples)),
+        "eval_rows": (str(asked.get("eval_data") or source), digest(eval_examples or [])),
+        "base": (base.name, Fingerprint.of(base.model).digest),
+    }
     if began:
         resolved = began["resolved"]
-        check_resumed(output, began, data=source, rows=digest(examples))
+        check_resumed(output, resolved, same)
     else:
         resolved = resolve(config, prefix_config, base, examples)
+        resolved |= {name: found for name, (_, found) in same.items()}
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record |= {"template": template, "training": None}
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
@@ -185,26 +201,30 @@ def train_examples(
         trainer.args.learning_rate = test.suggested
         files = {**(files or {}), RATES: test.to_json()}
         set_seed(config.seed)
-    record_run(output, _record(asked, prefix_config, base, resolved), resume=resume, files=files)
-    add_retention(trainer, config, output, base.tokenizer)
-    base_loss = None
-    if eval_examples:
-        passes = trainer.passes
-        base_loss, _ = target_loss(
-            base.model,
-            eval_examples,
-            pad_token_id=passes.pad_token_id,
-            capacity=passes.capacity,
-            packing=passes.packing,
-            progress="bare model",
-        )
-        kind = "evaluation loss" if eval_examples[0].aims is None else "divergence from the teacher"
-        note(f"bare model: {kind} {base_loss:.4f}")
-    steps, rate = resolved["steps"], resolved["learning_rate"]
-    note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
-    with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
-        seconds = run(trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None)
-    return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
+    record = _record(asked, prefix_config, base, resolved)
+    with in_use(output):
+        record_run(output, record, resume=resume, overwrite=overwrite, files=files)
+        add_retention(trainer, config, output, base.tokenizer)
+        base_loss = None
+        if eval_examples:
+            passes = trainer.passes
+            base_loss, _ = target_loss(
+                base.model,
+                eval_examples,
+                pad_token_id=passes.pad_token_id,
+                capacity=passes.capacity,
+                packing=passes.packing,
+                progress="bare model",
+            )
+            kind = "evaluation loss" if eval_examples[0].aims is None else "divergence from the teacher"
+            note(f"bare model: {kind} {base_loss:.4f}")
+        steps, rate = resolved["steps"], resolved["learning_rate"]
+        note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
+        with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
+            seconds = run(
+                trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None
+            )
+        return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
 
 
 def _load(

@@ -246,7 +246,7 @@ def training_arguments(
         same[
             "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         ] = True
-    return TrainingArguments(
+    args = TrainingArguments(
         **same,
         output_dir=str(output),
         learning_rate=resolved["learning_rate"],
@@ -264,6 +264,15 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    return on_one_device(args)
+
+
+def on_one_device(args: TrainingArguments) -> TrainingArguments:
+    """Let Trainer take one GPU where it sees several: by itself it would split each batch between them
+    (torch's DataParallel), and count rows and steps by that."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
 
 
 def _report_to(asked: str | None) -> list[str] | str:
