@@ -35,6 +35,14 @@ TOKENIZERS = {
     "with spaces in tokens": metaspace_tokenizer,
     "slow, adding EOS": slow_tokenizer,
 }
+# tokenizers that add tokens to each text, and what they put before it
+ADDING = {
+    "BOS and EOS, as Llama's with add_eos_token": (byte_tokenizer(around="<s> $A </s>"), ["<s>"]),
+    "EOS first, as XGLM's": (byte_tokenizer(around="</s> $A"), ["</s>"]),
+    "two tokens first": (byte_tokenizer(around="</s> <s> $A"), ["</s>", "<s>"]),
+    "EOS last": (byte_tokenizer(around="$A </s>"), []),
+    "EOS last, slow, as ByT5's": (slow_tokenizer(), []),
+}
 QA = "Question: {instruction}\nAnswer: {output}"
 
 
@@ -130,13 +138,69 @@ def test_conversations_by_default_are_the_chat_templates_or_rows_by_default(
     assert default_template(tokenizer, chat=True) == Prompts(tokenizer).template(None) == expected
 
 
-@pytest.mark.parametrize("kind", ["without BOS", "with spaces in tokens", "slow, adding EOS"])
-def test_rows_by_default_are_the_tutorials_where_no_text_begins_with_a_bos(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["without BOS", "with spaces in tokens"])
+def test_rows_by_default_are_the_tutorials_where_the_tokenizer_adds_no_tokens(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]()
     examples, report = build_examples(rows(*ALPACA), tokenizer, DataConfig())
     assert examples == build_examples(rows(*ALPACA), tokenizer, DataConfig(template="human"))[0]
     assert report.template == "human"
     assert not report.inner_bos
+    assert not report.inner_eos
+
+
+@pytest.mark.parametrize("template", [None, "human-one-bos", QA])
+@pytest.mark.parametrize("kind", ADDING)
+def test_what_a_tokenizer_adds_to_each_text_stands_at_the_ends_of_a_row_only(
+    kind: str, template: str | None
+) -> None:
+    tokenizer, start = ADDING[kind]
+    config = DataConfig(template=template)
+    (example,), report = build_examples(rows(ALPACA[2]), tokenizer, config)
+    (prompt,) = build_prompts(rows(ALPACA[2]), tokenizer, config)
+    asked = "Question: 什么是三原色？\nAnswer: " if template == QA else "Human: 什么是三原色？\n\nAssistant: "
+    bare = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    said = tokenizer(ALPACA[2]["output"], add_special_tokens=False)["input_ids"]
+    assert list(prompt.input_ids) == [*tokenizer.convert_tokens_to_ids(start), *bare]
+    assert list(example.input_ids) == [*prompt.input_ids, *said, tokenizer.eos_token_id]
+    assert list(example.labels) == [-100] * len(prompt.input_ids) + [*said, tokenizer.eos_token_id]
+    assert report.template == (template or "human-one-bos")
+    assert "before each target" not in report.summary()
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("BOS and EOS, as Llama's with add_eos_token", "AN END TOKEN and A SECOND BOS before each target"),
+        ("EOS first, as XGLM's", "A SECOND BOS before each target"),
+        ("EOS last", "AN END TOKEN before each target"),
+        ("EOS last, slow, as ByT5's", "AN END TOKEN before each target"),
+    ],
+)
+def test_human_rows_are_the_tutorials_whatever_the_tokenizer_adds_and_say_so(kind: str, told: str) -> None:
+    tokenizer, _ = ADDING[kind]
+    config = DataConfig(template="human", max_length=10_000)
+    examples, report = build_examples(rows(*ALPACA), tokenizer, config)
+    for values, example, prompt in zip(
+        ALPACA, examples, build_prompts(rows(*ALPACA), tokenizer, config), strict=True
+    ):
+        expected = process_func(values, tokenizer, 10_000)
+        assert list(example.input_ids) == expected["input_ids"]
+        assert list(example.labels) == expected["labels"]
+        assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+        assert example.labels[len(prompt.input_ids)] != -100
+    assert f"{told}, which the template human-one-bos leaves out" in report.summary()
+
+
+def test_a_tokenizer_whose_added_tokens_cannot_be_told_is_refused() -> None:
+    class Changing(type(slow_tokenizer())):  # type: ignore[misc]
+        """Reads a text backwards where it adds tokens."""
+
+        def build_inputs_with_special_tokens(self, ids: list[int], *pair: Any) -> list[int]:
+            return [*reversed(ids), self.eos_token_id]
+
+    with pytest.raises(DataError, match="what it adds to a text cannot be told"):
+        build_examples(rows(ALPACA[0]), Changing(extra_ids=0), DataConfig())
 
 
 @pytest.mark.slow

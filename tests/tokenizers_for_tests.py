@@ -82,13 +82,22 @@ def byte_tokenizer(
     chat_template: str | None = None,
     trim_offsets: bool = False,
     eos: str | None = "</s>",
+    around: str | None = None,
 ) -> Any:
-    """Byte-level BPE, as GPT-2 and BLOOM have it: a Chinese character is up to three tokens."""
+    """Byte-level BPE, as GPT-2 and BLOOM have it: a Chinese character is up to three tokens.
+
+    `around` is what it makes of each text $A, such as "<s> $A </s>".
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level(trim_offsets, bos)), bos_token="<s>", eos_token=eos
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = chat_template
+    if around:
+        specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=around, pair=f"{around} $B", special_tokens=specials
+        )
     return tokenizer
 
 

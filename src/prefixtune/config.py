@@ -203,10 +203,11 @@ class DataConfig(_Config):
 
     template: str | None = option(
         None,
-        "human (the tutorial's), human-one-bos (the same text, with the tokenizer's BOS only at its start), "
+        "human (the tutorial's), human-one-bos (the same text, with the tokenizer's BOS at its start only, "
+        "and its end token at its end only), "
         "chat (the tokenizer's chat template), or a format such as "
         "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break); "
-        "by default human-one-bos where the tokenizer begins each text with a BOS, human where it does not",
+        "by default human-one-bos where the tokenizer begins or ends each text with a token, else human",
     )
     fields: str | None = option(
         None, "map the template's fields to the file's columns, e.g. input=mr,output=ref"

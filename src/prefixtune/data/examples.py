@@ -15,7 +15,7 @@ from prefixtune.data.templates import (
     FormatTemplate,
     HumanTemplate,
     Template,
-    begins_with_bos,
+    added_tokens,
     require_eos,
 )
 from prefixtune.errors import ConfigError, DataError
@@ -71,7 +71,8 @@ class DataReport:
         empty: examples whose answer is an empty text, so that the end token is their only target.
         unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
         template: how the rows were written.
-        inner_bos: the template puts the tokenizer's BOS before each target too.
+        inner_bos: the template puts what begins each text, the tokenizer's BOS, before each target too.
+        inner_eos: the template puts what ends each text between prompt and target too.
     """
 
     rows: int
@@ -87,6 +88,7 @@ class DataReport:
     unclosed: int = 0
     template: str = "human"
     inner_bos: bool = False
+    inner_eos: bool = False
 
     def summary(self) -> str:
         """One line for people; what was lost is in capitals, and is not mentioned where there was none."""
@@ -106,9 +108,11 @@ class DataReport:
         if self.unclosed:
             parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
         if self.template == ONE_BOS:
-            parts.append(f"template {ONE_BOS}: the BOS of the tokenizer once a row")
-        if self.inner_bos:
-            parts.append(f"A SECOND BOS before each target, which the template {ONE_BOS} leaves out")
+            parts.append(f"template {ONE_BOS}: the BOS of the tokenizer once a row, and its end token once")
+        found = ("AN END TOKEN", self.inner_eos), ("A SECOND BOS", self.inner_bos)
+        inner = " and ".join(name for name, is_there in found if is_there)
+        if inner:
+            parts.append(f"{inner} before each target, which the template {ONE_BOS} leaves out")
         return "; ".join(parts)
 
 
@@ -128,6 +132,7 @@ def build_examples(
     """
     form = default_template(tokenizer) if config.template is None else config.template
     template = _template_for(form, tokenizer)
+    before, after = added_tokens(tokenizer) if form == "human" else ([], [])
     examples: list[Example] = []
     dropped = converted = empty = unclosed = 0
     with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
@@ -160,7 +165,8 @@ def build_examples(
         empty=empty,
         unclosed=unclosed,
         template=form,
-        inner_bos=form == "human" and begins_with_bos(tokenizer),
+        inner_bos=bool(before),
+        inner_eos=bool(after),
     )
     return examples, report
 
@@ -192,14 +198,14 @@ def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> li
 
 
 def default_template(tokenizer: Any, *, chat: bool = False) -> str:
-    """The template where none is given: human, but with no BOS in the middle of a row.
+    """The template where none is given: human, but with no BOS or end token in the middle of a row.
 
     Args:
         chat: the tokenizer's chat template instead, if it has one.
     """
     if chat and getattr(tokenizer, "chat_template", None):
         return "chat"
-    return ONE_BOS if begins_with_bos(tokenizer) else "human"
+    return ONE_BOS if any(added_tokens(tokenizer)) else "human"
 
 
 def _template_for(text: str | None, tokenizer: Any) -> Template:

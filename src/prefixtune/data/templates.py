@@ -19,7 +19,7 @@ __all__ = [
     "HumanTemplate",
     "PromptText",
     "Template",
-    "begins_with_bos",
+    "added_tokens",
     "empty_target",
     "token_ids",
 ]
@@ -65,10 +65,20 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return ids
 
 
-def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS before each text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and token_ids(tokenizer, "a")[:1] == [bos]
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before each text, a BOS or another token (XGLM's is </s>), and after each.
+
+    Raises:
+        DataError: it reads a text differently where it adds tokens.
+    """
+    bare, whole = token_ids(tokenizer, "a1", special=False), token_ids(tokenizer, "a1")
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise DataError(
+        f"the tokenizer reads 'a1' as the tokens {bare}, and as {whole} where it adds its special tokens, "
+        "so what it adds to a text cannot be told"
+    )
 
 
 def empty_target(row: Row, name: str, what: str = "empty") -> NoTargetError:
@@ -84,11 +94,17 @@ def _pair(prompt_ids: list[int], target_ids: list[int], *, empty: bool) -> Encod
     return Encoded(input_ids=prompt_ids + target_ids, labels=labels, empty=empty)
 
 
+def _opening_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that goes on: with what begins each text, without what ends it."""
+    return added_tokens(tokenizer)[0] + token_ids(tokenizer, text, special=False)
+
+
 class HumanTemplate:
     """The tutorial's process_func: "Human: {instruction}\\n{input}", then "Assistant: " and the output.
 
     It tokenises prompt and target apart, with special tokens in both, so a tokenizer that begins each text
-    with a BOS puts one before the target too. `one_bos` leaves that one out.
+    with a BOS puts one before the target too, and one that ends each text puts its end token there. `one_bos`
+    has the BOS before the prompt only, and the end token after the target only, once.
 
     Its rule for fields: `output` is required, and one of `instruction` and `input`. A row without the column
     `input` reads as the tutorial's with input "". A row without the column `instruction` has no line for it:
@@ -105,14 +121,19 @@ class HumanTemplate:
     def encode(self, row: Row) -> Encoded:
         prompt, target = self._texts(row)
         return _pair(
-            token_ids(self._tokenizer, prompt),
+            self._prompt_ids(prompt),
             token_ids(self._tokenizer, target + self._tokenizer.eos_token, special=not self._one_bos),
             empty=not target.strip(),
         )
 
     def prompt(self, row: Row) -> PromptText:
         prompt, target = self._texts(row)
-        return PromptText(input_ids=token_ids(self._tokenizer, prompt), text=prompt, reference=target)
+        return PromptText(input_ids=self._prompt_ids(prompt), text=prompt, reference=target)
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        if self._one_bos:
+            return _opening_ids(self._tokenizer, text)
+        return token_ids(self._tokenizer, text)
 
     def _texts(self, row: Row) -> tuple[str, str]:
         target = _target_text(row, "output")
@@ -142,14 +163,14 @@ class FormatTemplate:
     def encode(self, row: Row) -> Encoded:
         prompt, target = self._texts(row)
         return _pair(
-            token_ids(self._tokenizer, prompt),
+            _opening_ids(self._tokenizer, prompt),
             token_ids(self._tokenizer, target + self._tokenizer.eos_token, special=False),
             empty=not target.strip(),
         )
 
     def prompt(self, row: Row) -> PromptText:
         prompt, target = self._texts(row)
-        return PromptText(input_ids=token_ids(self._tokenizer, prompt), text=prompt, reference=target)
+        return PromptText(input_ids=_opening_ids(self._tokenizer, prompt), text=prompt, reference=target)
 
     def _texts(self, row: Row) -> tuple[str, str]:
         *before, (last_literal, target_name) = self._parts
