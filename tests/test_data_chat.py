@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Row, build_examples, build_prompts
+from prefixtune.data import Example, Row, build_examples, build_prompts, load_rows
 from prefixtune.errors import DataError
 from test_data_examples import smollm2
 from tokenizers_for_tests import (
@@ -17,6 +19,8 @@ from tokenizers_for_tests import (
     LLAMA2,
     OPEN_ENDED,
     THINKING,
+    TOOLS,
+    TOOLS_MARKED,
     byte_tokenizer,
     metaspace_tokenizer,
     slow_tokenizer,
@@ -284,6 +288,12 @@ def test_a_tokenizer_without_chat_template_is_refused_with_a_way_out() -> None:
         ([{"role": "user"}], "no 'content' at [0]; it has role"),
         ([{"role": "user", "content": [{"type": "text"}]}], "expected text as 'content' at [0]; got a list"),
         ([{"role": 1, "content": "a"}], "expected text as 'role' at [0]; got a number"),
+        ([{"role": "assistant", "tool_calls": "f()"}], "tool_calls at [0]: expected a list; got a text"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "expected calls that name a function"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{x"}]}],
+            "tool_calls at [0]: arguments: expected JSON; got '{x'",
+        ),
         ([TURNS[0], {"role": "assistant", "content": "\ud83d"}], "at [1]: not valid Unicode"),
     ],
 )
@@ -308,6 +318,136 @@ def test_a_chat_without_a_target_is_refused_or_dropped(messages: Any, reason: st
         encode(messages, tokenizer)
     config = DataConfig(template="chat", on_no_target="drop")
     assert build_examples([row(messages), row(TURNS)], tokenizer, config)[1].dropped == 1
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Prag"}}}
+CALLING = [
+    {"role": "user", "content": "Is it dry?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "Yes."},
+]
+WRITTEN = '<call>weather {"city": "Prag"}</call>'
+SCHEMAS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def tool_row(messages: Any, tools: Any = SCHEMAS) -> Row:
+    return Row(values={"messages": messages, "tools": tools}, origin="chat.jsonl:3")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("template", [TOOLS, TOOLS_MARKED])
+def test_a_tool_call_is_a_target_as_the_template_writes_it_after_the_rows_tools(
+    kind: str, template: str
+) -> None:
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    (example,), report = build_examples([tool_row(CALLING)], tokenizer, CHAT)
+    assert targets(example, tokenizer) == [WRITTEN + "<|im_end|>", "Yes.<|im_end|>"]
+    rendered = tokenizer.apply_chat_template(CALLING, tools=SCHEMAS, return_dict=True)["input_ids"]
+    assert list(example.input_ids) == list(rendered)
+    assert (report.unclosed, report.without_tools) == (0, 0)
+
+
+def test_a_prompt_for_a_tool_call_has_the_tools_and_the_call_as_written_for_reference() -> None:
+    tokenizer = byte_tokenizer(chat_template=TOOLS)
+    (prompt,) = build_prompts([tool_row(CALLING[:2])], tokenizer, CHAT)
+    served = tokenizer.apply_chat_template(
+        CALLING[:1], tools=SCHEMAS, add_generation_prompt=True, return_dict=True
+    )
+    assert list(prompt.input_ids) == list(served["input_ids"])
+    assert prompt.reference == WRITTEN
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL["function"]]},
+        {
+            "role": "assistant",
+            "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Prag"}'}}],
+        },
+    ],
+    ids=["no content", "empty content", "call without function", "arguments as a text of JSON"],
+)
+def test_a_tool_call_in_another_spelling_is_the_same_row(message: dict[str, Any]) -> None:
+    # Llama 3.1's asks whether a message has the key, and in Parquet each has it, as null or an empty list
+    asks = "{% if 'tool_calls' in message and not message.tool_calls %}{{ '!' }}{% endif %}"
+    start = "{% if message.content"
+    tokenizer = byte_tokenizer(chat_template=TOOLS.replace(start, asks + start))
+    nothing = [{**CALLING[0], "tool_calls": None}, message, {**CALLING[2], "tool_calls": []}, CALLING[3]]
+    same, _ = build_examples([tool_row(nothing, json.dumps(SCHEMAS))], tokenizer, CHAT)
+    assert same == build_examples([tool_row(CALLING)], tokenizer, CHAT)[0]
+
+
+def test_what_the_template_leaves_out_of_tool_calls_is_refused_and_of_tools_counted() -> None:
+    ignoring = byte_tokenizer(chat_template=CHATML)
+    with pytest.raises(
+        DataError, match=r"chat.jsonl:3: the chat template leaves out the tool calls of messa"
+    ):
+        build_examples([tool_row(CALLING[:2])], ignoring, CHAT)
+    without = tool_row(CALLING[2:])
+    examples, report = build_examples([without, row(CALLING[2:])], ignoring, CHAT)
+    assert examples[0].input_ids == examples[1].input_ids
+    assert report.without_tools == 1
+    assert "the TOOLS of 1 row LEFT OUT by the chat template" in report.summary()
+    either = TOOLS.replace("{% if message.content %}", "{% if message.content and not message.tool_calls %}")
+    said = [CALLING[0], {**CALLING[1], "content": "Let me look."}]
+    with pytest.raises(DataError, match=r"leaves out what messages\[1\] says with its tool calls"):
+        build_examples([tool_row(said)], byte_tokenizer(chat_template=either), CHAT)
+    tokenizer = byte_tokenizer(chat_template=TOOLS)
+    (example,), _ = build_examples([tool_row(said)], tokenizer, CHAT)
+    assert targets(example, tokenizer) == ["Let me look." + WRITTEN + "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "came"), [({"a": 1}, "got an object"), ("f()", "expected JSON; got 'f()'")]
+)
+def test_tools_of_another_form_are_refused(tools: Any, came: str) -> None:
+    with pytest.raises(DataError, match=r"chat.jsonl:3: field 'tools': ") as caught:
+        build_examples([tool_row(TURNS, tools)], byte_tokenizer(chat_template=TOOLS), CHAT)
+    assert came in str(caught.value)
+
+
+SHAREGPT = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "Red?", "weight": None},
+    {"from": "gpt", "value": "红"},
+]
+
+
+def test_sharegpts_conversations_are_messages(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    roles = ["system", "user", "assistant"]
+    messages = [{"role": role, "content": turn["value"]} for role, turn in zip(roles, SHAREGPT, strict=True)]
+    given = Row(values={"conversations": SHAREGPT, "id": 1}, origin="chat.jsonl:3")
+    assert build_examples([given], tokenizer, CHAT)[0] == [encode(messages, tokenizer)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(given.values))
+    assert load_rows(str(file))[0].values == {"id": 1, "messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("text", "expected a list of {from, value}; got a text"),
+        (["hello"], "expected {from, value} at [0]; got a text"),
+        ([{"role": "user", "content": "a"}], "expected {from, value} at [0]; got the fields role, content"),
+        ([*SHAREGPT, {"from": "observation", "value": "a"}], "as 'from' at [3]; got 'observation'"),
+    ],
+)
+def test_conversations_of_another_form_are_refused_where_they_are_read(
+    said: Any, reason: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"conversations": said, "instruction": "q", "output": "a"}))
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    with pytest.raises(DataError) as caught:
+        build_examples(load_rows(str(file)), tokenizer, CHAT)
+    assert "rows.jsonl:1: field 'conversations': expected " in str(caught.value)
+    assert reason in str(caught.value)
+    assert build_examples(load_rows(str(file)), tokenizer, DataConfig(template="human"))[1].examples == 1
 
 
 @pytest.mark.slow

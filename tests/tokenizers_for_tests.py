@@ -55,6 +55,30 @@ OPEN_ENDED = (  # nothing but a line break ends a turn
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 
+_SAID = (  # a call is {name, arguments}, or has that as its function
+    "{% if message.content %}{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}"
+    "{% if call.function %}{% set call = call.function %}{% endif %}"
+    "{{ '<call>' + call.name + ' ' + call.arguments | tojson + '</call>' }}{% endfor %}{{ '<|im_end|>' }}"
+)
+
+TOOLS = (  # as Qwen2.5's: tools in a system turn, calls in the assistant's
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    + _SAID
+    + "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TOOLS_MARKED = TOOLS.replace(
+    _SAID,
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    + _SAID
+    + "{% endgeneration %}{% else %}"
+    + _SAID
+    + "{% endif %}",
+)
+
 
 @cache
 def _byte_level(trim_offsets: bool, bos: bool) -> str:

@@ -7,10 +7,19 @@ Positions are characters of the rendered text until the last step, which maps th
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
-from prefixtune.data.row import Row, check_text, field_text, kind_of, missing_field, required_text
+from prefixtune.data.row import (
+    Row,
+    check_text,
+    field_text,
+    kind_of,
+    missing_field,
+    required_text,
+    sharegpt_messages,
+)
 from prefixtune.data.templates import NO_TARGET, Encoded, PromptText, empty_target, token_ids
 from prefixtune.errors import DataError
 
@@ -26,8 +35,10 @@ Span = tuple[int, int]  # first character and the one after the last
 class ChatTemplate:
     """The tokenizer's chat template. Each assistant turn is a target, with its end token, without its header.
 
-    A row holds `messages`, a list of {role, content}, or instruction, input and output: then the user says
-    the instruction and, on a new line, the input if there is one, after an optional `system` message.
+    A row holds `messages`, a list of {role, content}, or `conversations`, a list of {from, value}, or
+    instruction, input and output: then the user says the instruction and, on a new line, the input if there
+    is one, after an optional `system` message. An assistant's message may have tool_calls, with content or
+    without; the row's `tools`, a list of JSON schemas, are given to the template.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -43,7 +54,7 @@ class ChatTemplate:
         self._marked = bool(_MARKER.search(tokenizer.get_chat_template()))
 
     def fields(self, row: Row) -> tuple[str, ...]:
-        return () if "messages" in row.values else ("system", "instruction", "input", "output")
+        return () if _is_chat(row) else ("system", "instruction", "input", "output")
 
     def encode(self, row: Row) -> Encoded:
         messages = _messages(row)
@@ -56,23 +67,33 @@ class ChatTemplate:
             raise _inconsistent(row)
         ids, is_target = self._tokenise(row, text, spans)
         labels = [token if target else NO_TARGET for token, target in zip(ids, is_target, strict=True)]
-        return Encoded(input_ids=ids, labels=labels, unclosed=unclosed)
+        without_tools = bool(_tools(row)) and text == self._render(row, messages, tools=False)
+        return Encoded(input_ids=ids, labels=labels, unclosed=unclosed, without_tools=without_tools)
 
     def prompt(self, row: Row) -> PromptText:
         messages = _messages(row)
         head = messages[: _last_turn(row, messages) + 1]
         spans, _ = self._turns(row, head)
-        text = self._render(row, head)[: spans[-1][0]]
+        whole, (start, end) = self._render(row, head), spans[-1]
+        reference = head[-1]["content"]
+        if "tool_calls" in head[-1]:  # they have no text but the template's
+            _, after = self._around(row, head, len(head) - 1)
+            reference = whole[start:end].removesuffix(after.rstrip())
         return PromptText(
-            input_ids=token_ids(self._tokenizer, text, special=False),
-            text=text,
-            reference=head[-1]["content"],
+            input_ids=token_ids(self._tokenizer, whole[:start], special=False),
+            text=whole[:start],
+            reference=reference,
         )
 
-    def _render(self, row: Row, messages: list[Message], *, generation_prompt: bool = False) -> str:
+    def _render(
+        self, row: Row, messages: list[Message], *, generation_prompt: bool = False, tools: bool = True
+    ) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
+                messages,
+                tools=_tools(row) if tools else None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
         except (
             Exception
@@ -84,7 +105,7 @@ class ChatTemplate:
         """The span of each assistant turn in the rendered messages, and how many have no end-of-turn text."""
         text = self._render(row, messages)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = self._marked_spans(messages, len(turns)) if self._marked else None
+        marked = self._marked_spans(row, messages, len(turns)) if self._marked else None
         spans = []
         unclosed = 0
         for order, index in enumerate(turns):
@@ -95,16 +116,34 @@ class ChatTemplate:
                 end = _closed_end(text, start, end, closing)
             else:  # no end-of-turn text: the white space is all that ends the turn, so it stays a target
                 unclosed += 1
+            if "tool_calls" in messages[index]:
+                self._check_call(row, messages, index, text[start:end])
             spans.append((start, end))
         return spans, unclosed
 
     def _around(self, row: Row, messages: list[Message], index: int) -> tuple[str, str]:
         """What the template renders before and after the content of one message, when it is the last."""
-        probe = [*messages[:index], {**messages[index], "content": _PROBE}]
+        message = {name: value for name, value in messages[index].items() if name != "tool_calls"}
+        probe = [*messages[:index], {**message, "content": _PROBE}]
         before, found, after = self._render(row, probe).rpartition(_PROBE)
         if not found:
             raise DataError(f"{row.origin}: the chat template leaves out what the assistant says")
         return before, after
+
+    def _check_call(self, row: Row, messages: list[Message], index: int, turn: str) -> None:
+        """The template must write the tool calls of a message, and what it says beside them."""
+        message = messages[index]
+        if not all(_function(call)["name"] in turn for call in message["tool_calls"]):
+            raise DataError(
+                f"{row.origin}: the chat template leaves out the tool calls of messages[{index}]",
+                hint="take a model whose chat template writes tool calls",
+            )
+        probe = [*messages[:index], {**message, "content": _PROBE}]
+        if message["content"].strip() and _PROBE not in self._render(row, probe):
+            raise DataError(
+                f"{row.origin}: the chat template leaves out what messages[{index}] says with its tool calls",
+                hint="make its content null",
+            )
 
     def _span(self, row: Row, text: str, messages: list[Message], index: int, header: str) -> Span:
         """The turn's text beyond what the template gives as the generation prompt."""
@@ -119,12 +158,13 @@ class ChatTemplate:
             raise _inconsistent(row)
         return len(prompt), len(upto) if text.startswith(upto) else len(upto.rstrip())
 
-    def _marked_spans(self, messages: list[Message], turns: int) -> list[Span] | None:
+    def _marked_spans(self, row: Row, messages: list[Message], turns: int) -> list[Span] | None:
         """The spans inside {% generation %}, or None where the marks do not give one per assistant turn."""
         if not getattr(self._tokenizer, "is_fast", False):
             return None
         encoded = self._tokenizer.apply_chat_template(
             messages,
+            tools=_tools(row),
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
@@ -187,21 +227,23 @@ def _inconsistent(row: Row) -> DataError:
 
 
 def _last_turn(row: Row, messages: list[Message]) -> int:
-    """The index of the last assistant message; no assistant message may be empty."""
+    """The index of the last assistant message; each must say something or call a tool."""
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise empty_target(row, "the assistant's part")
     for index in turns:
-        if not messages[index]["content"].strip():
-            raise empty_target(
-                row, "'output'" if "messages" not in row.values else f"messages[{index}].content"
-            )
+        if "tool_calls" not in messages[index] and not messages[index]["content"].strip():
+            raise empty_target(row, f"messages[{index}].content" if _is_chat(row) else "'output'")
     return turns[-1]
 
 
+def _is_chat(row: Row) -> bool:
+    return "messages" in row.values or "conversations" in row.values
+
+
 def _messages(row: Row) -> list[Message]:
-    if "messages" in row.values:
-        return _checked(row, row.values["messages"])
+    if _is_chat(row):
+        return _checked(row, row.values["messages"] if "messages" in row.values else sharegpt_messages(row))
     if "output" not in row.values:
         raise missing_field(row, "messages' and no 'output", wanted="output")
     if "instruction" not in row.values and "input" not in row.values:
@@ -225,6 +267,10 @@ def _checked(row: Row, value: Any) -> list[Message]:
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise DataError(f"{where}: expected {{role, content}} at [{index}]; got {kind_of(message)}")
+        calls = _tool_calls(message.get("tool_calls"), f"{where}: tool_calls at [{index}]")
+        message = {name: value for name, value in message.items() if name != "tool_calls"}
+        if calls:
+            message = {"content": None, **message, "tool_calls": calls}
         absent = [name for name in ("role", "content") if name not in message]
         if absent:
             raise DataError(
@@ -237,3 +283,46 @@ def _checked(row: Row, value: Any) -> list[Message]:
                 raise DataError(f"{where}: expected text as '{name}' at [{index}]; got {kind_of(text)}")
         messages.append({**message, "content": check_text(content, f"{where} at [{index}]")})
     return messages
+
+
+def _tool_calls(value: Any, where: str) -> list[Message]:
+    """The calls, with their arguments as objects: many templates would write a text of JSON as JSON again."""
+    calls: list[Message] = [] if value is None else value
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: expected a list; got {kind_of(value)}")
+    found = []
+    for call in calls:
+        function = _function(call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{where}: expected calls that name a function",
+                hint='each is written {"type": "function", "function": {"name": "…", "arguments": {…}}}',
+            )
+        if isinstance(function.get("arguments"), str):
+            function = {**function, "arguments": _json(function["arguments"], f"{where}: arguments")}
+        found.append({**call, "function": function} if "function" in call else function)
+    return found
+
+
+def _function(call: Any) -> Any:
+    return call.get("function", call) if isinstance(call, dict) else call
+
+
+def _tools(row: Row) -> list[Any] | None:
+    """The row's tools; a Parquet file may hold them as a text of JSON."""
+    where, tools = f"{row.origin}: field 'tools'", row.values.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, where) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(
+            f"{where}: expected a list of tools; got {kind_of(tools)}",
+            hint="a column of something else can be named otherwise: --fields unread=tools",
+        )
+    return tools or None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: expected JSON; got {text[:60]!r}: {error}") from None

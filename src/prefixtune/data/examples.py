@@ -70,6 +70,7 @@ class DataReport:
         converted: numbers and booleans that were turned into text.
         empty: examples whose answer is an empty text, so that the end token is their only target.
         unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
+        without_tools: examples whose `tools` the chat template does not write.
         template: how the rows were written.
         inner_bos: the template puts what begins each text, the tokenizer's BOS, before each target too.
         inner_eos: the template puts what ends each text between prompt and target too.
@@ -86,6 +87,7 @@ class DataReport:
     converted: int = 0
     empty: int = 0
     unclosed: int = 0
+    without_tools: int = 0
     template: str = "human"
     inner_bos: bool = False
     inner_eos: bool = False
@@ -107,6 +109,8 @@ class DataReport:
             parts.append(f"{_plural(self.empty, 'answer')} EMPTY, with the end token for target")
         if self.unclosed:
             parts.append(f"{_plural(self.unclosed, 'turn')} WITHOUT an end-of-turn token")
+        if self.without_tools:
+            parts.append(f"the TOOLS of {_plural(self.without_tools, 'row')} LEFT OUT by the chat template")
         if self.template == ONE_BOS:
             parts.append(f"template {ONE_BOS}: the BOS of the tokenizer once a row, and its end token once")
         found = ("AN END TOKEN", self.inner_eos), ("A SECOND BOS", self.inner_bos)
@@ -134,7 +138,7 @@ def build_examples(
     template = _template_for(form, tokenizer)
     before, after = added_tokens(tokenizer) if form == "human" else ([], [])
     examples: list[Example] = []
-    dropped = converted = empty = unclosed = 0
+    dropped = converted = empty = unclosed = without_tools = 0
     with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
         for row in rows:
             advance(1)
@@ -150,6 +154,7 @@ def build_examples(
             converted += count_converted(row, template.fields(row))
             empty += encoded.empty
             unclosed += encoded.unclosed
+            without_tools += encoded.without_tools
     if not examples:
         raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
     report = DataReport(
@@ -164,6 +169,7 @@ def build_examples(
         converted=converted,
         empty=empty,
         unclosed=unclosed,
+        without_tools=without_tools,
         template=form,
         inner_bos=bool(before),
         inner_eos=bool(after),

@@ -9,7 +9,24 @@ from typing import Any
 
 from prefixtune.errors import DataError
 
-__all__ = ["NoTargetError", "Row", "check_text", "count_converted", "field_text", "required_text"]
+__all__ = [
+    "NoTargetError",
+    "Row",
+    "check_text",
+    "count_converted",
+    "field_text",
+    "required_text",
+    "sharegpt_messages",
+]
+
+# who speaks, in ShareGPT's form and in a chat template's
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class NoTargetError(DataError):
@@ -61,6 +78,32 @@ def missing_field(row: Row, name: str, *, wanted: str) -> DataError:
         f"{row.origin}: no '{name}' field; the row has {', '.join(map(str, row.values)) or 'no fields'}",
         hint=f"map it with --fields {wanted}=<column>",
     )
+
+
+def sharegpt_messages(row: Row) -> list[dict[str, Any]]:
+    """The row's `conversations`, a list of {from, value}, as a list of {role, content}.
+
+    Raises:
+        DataError: it is no such list, or somebody else speaks than a human, gpt or the system.
+    """
+    where, said = f"{row.origin}: field 'conversations'", row.values["conversations"]
+    if not isinstance(said, list):
+        raise DataError(f"{where}: expected a list of {{from, value}}; got {kind_of(said)}")
+    messages = []
+    for index, turn in enumerate(said):
+        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
+            came = f"the fields {', '.join(turn)}" if isinstance(turn, dict) else kind_of(turn)
+            raise DataError(
+                f"{where}: expected {{from, value}} at [{index}]; got {came}",
+                hint="a list of {role, content} is read from the column messages: --fields messages=<column>",
+            )
+        if not isinstance(turn["from"], str) or turn["from"] not in _SPEAKERS:
+            raise DataError(
+                f"{where}: expected {', '.join(_SPEAKERS)} as 'from' at [{index}]; got {turn['from']!r}",
+                hint="write other turns, such as tool calls, as messages of {role, content, tool_calls}",
+            )
+        messages.append({"role": _SPEAKERS[turn["from"]], "content": turn["value"]})
+    return messages
 
 
 def count_converted(row: Row, names: Iterable[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.files import READERS
-from prefixtune.data.row import Row, missing_field
+from prefixtune.data.row import Row, missing_field, sharegpt_messages
 from prefixtune.errors import ConfigError, DataError
 
 __all__ = ["load_rows", "parse_fields"]
@@ -77,7 +77,7 @@ def load_rows(
     """
     if limit is not None and limit <= 0:
         raise ConfigError(f"limit: expected more than 0; got {limit}")
-    rows = [_rename(row, fields or {}) for row in islice(_open(source, split), limit)]
+    rows = [_with_messages(_rename(row, fields or {})) for row in islice(_open(source, split), limit)]
     if not rows:
         raise DataError(f"{source}: the data set is empty; there is no row in it")
     return rows
@@ -92,6 +92,18 @@ def _rename(row: Row, fields: Mapping[str, str]) -> Row:
     kept = {name: value for name, value in row.values.items() if name not in taken}
     mapped = {name: row.values[column] for name, column in fields.items()}
     return Row(values={**kept, **mapped}, origin=row.origin)
+
+
+def _with_messages(row: Row) -> Row:
+    """ShareGPT's `conversations` as `messages`, the one form that is read from here on."""
+    if "conversations" not in row.values or "messages" in row.values:
+        return row
+    try:
+        messages = sharegpt_messages(row)
+    except DataError:  # told by the chat template; others do not read the column
+        return row
+    kept = {name: value for name, value in row.values.items() if name != "conversations"}
+    return Row(values={**kept, "messages": messages}, origin=row.origin)
 
 
 def _open(source: str, split: str) -> Iterator[Row]:

@@ -29,12 +29,16 @@ NO_TARGET = -100  # the label that no loss counts (torch.nn.CrossEntropyLoss.ign
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A whole row, not yet cut; `unclosed` targets have no mark of their end, an `empty` one nothing else."""
+    """A whole row, not yet cut; `unclosed` targets have no mark of their end, an `empty` one nothing else.
+
+    `without_tools`: the row has tools, which the template does not write.
+    """
 
     input_ids: list[int]
     labels: list[int]
     unclosed: int = 0
     empty: bool = False
+    without_tools: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
