@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from prefixtune.data import Row, load_rows, parse_fields
+from prefixtune.data.row import field_text
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [
@@ -237,6 +241,55 @@ except DataError as error:
     )
     assert f"{name}: no file or folder of this name here, and not loaded from the hub" in done.stdout
     assert "offline, download the data" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_cell_may_be_of_any_length_and_the_limit_of_csv_stays(suffix: str, tmp_path: Path) -> None:
+    long = [{"instruction": "word " * 30_000, "output": "yes"}, {"instruction": "b", "output": "x" * 140_000}]
+    limit = csv.field_size_limit()
+    source = write(tmp_path / f"a.{suffix}", csv_text(long, "\t" if suffix == "tsv" else ","))
+    assert [row.values for row in load_rows(source)] == long
+    assert load_rows(source, limit=1)[0].values == long[0]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_quote_that_is_never_closed_is_told_with_its_line_in_a_long_file_too(tmp_path: Path) -> None:
+    rest = "3,4\n" * 50_000
+    message = refusal(write(tmp_path / "a.csv", 'a,b\n1,2\n"3,4\n' + rest))
+    assert "a.csv:3: malformed CSV: unexpected end of data" in message
+    assert "put a cell with quotes into quotes" in message
+
+
+def written(path: Path, **columns: Any) -> str:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_parquet_text_that_is_not_utf8_is_refused_with_its_row_and_field(tmp_path: Path) -> None:
+    latin = pyarrow.array([b"a"] * 1500 + [b"caf\xe9"]).view(pyarrow.string())
+    source = written(tmp_path / "a.parquet", instruction=latin, output=["b"] * 1501)
+    message = refusal(source)
+    assert (
+        "a.parquet[1500]: field 'instruction': expected text in UTF-8; got byte 0xe9 at offset 3" in message
+    )
+    assert len(load_rows(source, limit=1500)) == 1500
+
+
+def test_a_parquet_date_that_python_does_not_have_is_refused_only_where_it_is_read(tmp_path: Path) -> None:
+    far = pyarrow.array([0, 2**40], pyarrow.timestamp("s"))
+    rows = load_rows(written(tmp_path / "a.parquet", instruction=["a", "b"], output=["c", "d"], date=far))
+    assert [(row.values["instruction"], row.origin) for row in rows] == [
+        ("a", "a.parquet[0]"),
+        ("b", "a.parquet[1]"),
+    ]
+    with pytest.raises(DataError, match=r"a.parquet\[1\]: field 'date': expected text; got a Timestamp"):
+        field_text(rows[1], "date")
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["x", "x"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet: the header names the column 'x' twice" in refusal(str(tmp_path / "a.parquet"))
 
 
 def test_a_folder_that_datasets_did_not_write_is_refused_and_its_files_offered(tmp_path: Path) -> None:

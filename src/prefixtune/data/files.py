@@ -162,6 +162,7 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
+    limit = csv.field_size_limit(len(text))  # csv's own, 131,072 characters, is less than a long document
     try:
         for cells in reader:
             start, line = line, reader.line_num + 1
@@ -182,6 +183,8 @@ def read_csv(path: Path, *, delimiter: str = ",") -> Iterator[Row]:
             f"{path.name}:{line}: malformed CSV: {error}",
             hint='put a cell with quotes into quotes and double the inner ones: "say ""yes"""',
         ) from None
+    finally:
+        csv.field_size_limit(limit)  # it is the process's
 
 
 def _header(cells: list[str], where: str) -> list[str]:
@@ -204,12 +207,42 @@ def read_parquet(path: Path) -> Iterator[Row]:
     index = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _header(file.schema_arrow.names, path.name)
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in _batch_rows(batch, path.name, index):
                     yield Row(values=values, origin=f"{path.name}[{index}]")
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: not a readable Parquet file: {error}") from None
+
+
+def _batch_rows(batch: Any, name: str, first: int) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow batch; `first` is the index of its first in the file."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):  # of some value: each by itself
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for index in range(batch.num_rows):
+            where = f"{name}[{first + index}]"
+            yield {
+                column: _arrow_value(values[index], f"{where}: field '{column}'")
+                for column, values in columns.items()
+            }
+    else:
+        yield from rows
+
+
+def _arrow_value(scalar: Any, where: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{where}: expected text in UTF-8; got byte 0x{byte:02x} at offset {error.start}",
+            hint="it was written as text without being decoded; write the file anew from decoded texts",
+        ) from None
+    except (ValueError, OverflowError):
+        return scalar  # a date after the year 9999, say: refused where a template reads it, as every date is
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
