@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Row, build_examples, build_prompts, load_rows
+from prefixtune.data import Example, Row, build_examples, build_prompts, fix_date, load_rows
 from prefixtune.errors import DataError
 from test_data_examples import smollm2
 from tokenizers_for_tests import (
@@ -448,6 +448,19 @@ def test_conversations_of_another_form_are_refused_where_they_are_read(
     assert "rows.jsonl:1: field 'conversations': expected " in str(caught.value)
     assert reason in str(caught.value)
     assert build_examples(load_rows(str(file)), tokenizer, DataConfig(template="human"))[1].examples == 1
+
+
+def test_a_template_prints_the_date_that_is_fixed_in_each_of_its_forms() -> None:
+    asks = """{{ strftime_now('%d %b %Y') }}|{% set x = strftime_now( "%H:%M\\n" ) %}{{ x }}"""
+    told = "{{ strftime_now is defined }}|"
+    tokenizer = byte_tokenizer(chat_template=told + asks)
+    fix_date(tokenizer, "2001-02-03T04:05:06.789")
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False) == "True|03 Feb 2001|04:05\n"
+    tokenizer.chat_template = {"default": asks, "tool_use": asks + "!"}
+    fix_date(tokenizer, "2001-02-03")
+    assert tokenizer.apply_chat_template(TURNS, tokenize=False, chat_template="tool_use") == (
+        "03 Feb 2001|00:00\n!"
+    )
 
 
 @pytest.mark.slow

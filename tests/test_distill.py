@@ -405,6 +405,19 @@ def test_resumed_run_ends_with_the_same_bits_and_the_same_comparison(
     assert again["samples"] == found["samples"]
 
 
+def test_resumed_run_has_the_date_at_which_it_was_begun(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place, tmp_path / "place", ignore=shutil.ignore_patterns("done", "cut")))
+    # microseconds differ from one reading of the clock to the next, as dates do from day to day
+    dated = byte_tokenizer(chat_template="{{ strftime_now('%d %b %Y, %f') }}" + CHATML)
+    dated.save_pretrained(folder / "model")
+    args = options(folder, tmp_path / "run", "--num-train-epochs", 2, "--save-steps", 1)
+    succeed(*args)
+    run = cut(tmp_path / "run", tmp_path / "cut", step=1)
+    args[args.index(str(tmp_path / "run"))] = str(run)
+    succeed(*args, "--resume")
+    assert bits(run) == bits(tmp_path / "run")
+
+
 def test_finished_run_is_told_again_and_an_uncompared_one_is_compared(
     place: Path, done: tuple[Path, dict[str, Any]]
 ) -> None:

@@ -33,7 +33,7 @@ from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
 from prefixtune.train import PrefixTrainer, default_start
 from prefixtune.train.trainer import KeepBest, LengthGroupedSampler, training_arguments
-from tokenizers_for_tests import byte_tokenizer
+from tokenizers_for_tests import CHATML, byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
 PARAMETERISATIONS = {
@@ -349,12 +349,27 @@ def test_trainer_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.M
     class Several(TrainingArguments):
         def __post_init__(self) -> None:
             super().__post_init__()
-            assert self.n_gpu == 0  # set up, on this machine's CPU
+            self.n_gpu  # noqa: B018  (counts the machine's own first)
             self._n_gpu = 2
 
     monkeypatch.setattr("prefixtune.train.trainer.TrainingArguments", Several)
     resolved = {"steps": 4, "learning_rate": 0.1, "save_steps": 2}
     assert training_arguments(TrainConfig(), tmp_path, resolved, evaluates=False).n_gpu == 1
+
+
+def test_resume_goes_on_on_another_day_with_a_template_that_prints_the_date(tmp_path: Path) -> None:
+    # microseconds differ from one reading of the clock to the next, as dates do from day to day
+    tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%d %b %Y, %f') + '\n' }}" + CHATML)
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", 8)
+    output = tmp_path / "run"
+    args = options(tmp_path, output, *SHORT_RUN, "--template", "chat", evaluates=False)
+    succeed(*args)
+    ended = bits(output)
+    (output / "prefix.json").unlink()  # as if it had not come to its end
+    succeed(*args, "--resume")
+    assert bits(output) == ended
 
 
 def test_resume_without_a_run_is_refused(place: Path, tmp_path: Path) -> None:

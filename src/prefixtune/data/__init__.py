@@ -7,6 +7,7 @@ batch = Collator(tokenizer.pad_token_id)(examples[:8])
 
 from __future__ import annotations
 
+from prefixtune.data.chat import fix_date
 from prefixtune.data.collate import Collator
 from prefixtune.data.examples import (
     DataReport,
@@ -30,6 +31,7 @@ __all__ = [
     "build_prompts",
     "default_template",
     "example_text",
+    "fix_date",
     "load_rows",
     "parse_fields",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import Any
 
 from prefixtune.data.row import (
@@ -23,10 +24,13 @@ from prefixtune.data.row import (
 from prefixtune.data.templates import NO_TARGET, Encoded, PromptText, empty_target, token_ids
 from prefixtune.errors import DataError
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "fix_date"]
 
 _PROBE = "prefixtune:probe"  # stands for a content whose place in the rendered text is looked for
 _MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+_NOW = re.compile(
+    r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+)  # as Llama 3.2's and SmolLM3's templates call it
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # first character and the one after the last
@@ -207,6 +211,23 @@ class ChatTemplate:
                 hint="use the fast version of the tokenizer, or --template human",
             )
         return len(prefix_ids)
+
+
+def fix_date(tokenizer: Any, date: str) -> None:
+    """Let the tokenizer's chat template print this date, in ISO form, where it asks for the present one.
+
+    So the rows of a run have the same ids on every day on which it goes on.
+    """
+
+    def fixed(template: str) -> str:
+        moment = datetime.fromisoformat(date)
+        return _NOW.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
+
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several, by name
+        tokenizer.chat_template = {name: fixed(text) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = fixed(template)
 
 
 def _closed_end(text: str, start: int, end: int, closing: str) -> int:

@@ -7,11 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from prefixtune.config import DISTILL_TRAINING, DistillConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example, default_template
+from prefixtune.data import Example, default_template, fix_date
 from prefixtune.distill.comparison import (
     NO_TEXT,
     PREFIX,
@@ -120,7 +121,7 @@ def distill(
     """
     settings, config = distill_config or DistillConfig(), config or TrainConfig(**DISTILL_TRAINING)
     options = dict(prefix_options or {})
-    asked = {
+    asked: dict[str, Any] = {
         "distilled": True,
         "model": model,
         "text_sha256": hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
@@ -145,6 +146,8 @@ def distill(
         return dataclasses.replace(known, output=str(output))
     check_weights(model, config, force=force)
     base = _load(model, config, began)
+    asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()
+    fix_date(base.tokenizer, asked["date"])
     form = template or default_template(base.tokenizer, chat=True)
     context = Context.of(text, base.tokenizer, template=form, instruction=instruction)
     length = length_of(settings.length, context)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example, build_examples, default_template, load_rows, parse_fields
+from prefixtune.data import Example, build_examples, default_template, fix_date, load_rows, parse_fields
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids
@@ -110,7 +111,7 @@ def train(
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint was written.
     """
     data_config, config = data_config or DataConfig(), config or TrainConfig()
-    asked = {
+    asked: dict[str, Any] = {
         "model": model,
         "data": data,
         "eval_data": eval_data,
@@ -124,7 +125,8 @@ def train(
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
     check_weights(model, config, force=force)
-    examples, eval_examples, base = _load(model, data, eval_data, data_config, config, began)
+    asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()
+    examples, eval_examples, base = _load(model, data, eval_data, data_config, config, began, asked["date"])
     return train_examples(
         base,
         (examples, eval_examples),
@@ -234,6 +236,7 @@ def _load(
     data_config: DataConfig,
     config: TrainConfig,
     began: dict[str, Any] | None,
+    date: str,
 ) -> tuple[list[Example], list[Example] | None, LoadedBase]:
     """Rows before the model: a wrong data file is told at once."""
     fields = parse_fields(data_config.fields)
@@ -247,6 +250,7 @@ def _load(
             f"{model} has no tokenizer, so rows of text cannot be read", hint="save one in its folder"
         )
     note(f"{base.name}: {base.dtype_reason}")
+    fix_date(base.tokenizer, date)
     examples, report = build_examples(rows, base.tokenizer, data_config, progress=True)
     note(f"training rows: {report.summary()}")
     eval_examples = None
