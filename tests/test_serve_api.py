@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 
+from families import tiny_model
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_prompts
 from prefixtune.generate import PLACEHOLDER, prompt_row
@@ -29,6 +30,7 @@ from serving import (
     tokenizer_of,
     write_prefix,
 )
+from tokenizers_for_tests import slow_tokenizer
 
 END = TOKENIZER.eos_token_id
 LENGTHS = (1, 3, 5, 8, 13, 21, 34, 40)
@@ -341,6 +343,33 @@ def test_late_request_is_told_so(vast: Any) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
         streamed = events(client.post("/v1/completions", json=body | {"stream": True}))
         assert streamed[-1]["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_that_the_tokenizer_cannot_read_is_a_500_and_not_silence(base: Any, stream: bool) -> None:
+    class Failing(type(slow_tokenizer())):  # type: ignore[misc]
+        def decode(self, ids: list[int], **options: Any) -> str:
+            raise ValueError("no text")
+
+    tokenizer = Failing(extra_ids=0)
+    with live(base, tokenizer=tokenizer, endless=True) as server:
+        body = {"model": NAME, "prompt": "x", "max_tokens": 9, "n": 2, "stream": stream}
+        response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=10)
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "tokenizer_error")
+        eventually(lambda: server.service.engine.active == 0)
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_never_chosen() -> None:
+    tokenizer = slow_tokenizer()
+    count = len(tokenizer)
+    padded = tiny_model("llama", vocab_size=2 * count)
+    with client_of(padded, tokenizer=tokenizer, endless=True) as client:
+        body = {"model": NAME, "prompt": "x", "max_tokens": 40, "temperature": 2, "seed": 1}
+        response = client.post("/v1/completions", json=body | {"return_token_ids": True, "logprobs": 5})
+        assert response.status_code == 200, response.text
+        tokens = response.json()["choices"][0]["token_ids"]
+        assert len(tokens) == 40
+        assert max(tokens) < count
 
 
 def test_shutdown_ends_answers_with_a_word(vast: Any) -> None:

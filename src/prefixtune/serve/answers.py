@@ -24,7 +24,10 @@ class TokenChance:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What is new of one answer: text, and the tokens that it ends with; `ended` closes it."""
+    """What is new of one answer: text, and the tokens that it ends with; `ended` closes it.
+
+    `failure` ends the whole request: as a step's, or "unreadable" (the tokenizer failed).
+    """
 
     index: int
     text: str = ""

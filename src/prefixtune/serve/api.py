@@ -32,6 +32,7 @@ FAILURES = {  # why the engine gave up, and what the client is told
     "timeout": ApiError(504, "the request took too long", code="timeout"),
     "shutdown": ApiError(503, "the server is shutting down", code="shutdown", headers={"retry-after": "10"}),
     "broken": ApiError(500, "the model failed on this request", code="engine_error"),
+    "unreadable": ApiError(500, "the tokenizer failed on this answer", code="tokenizer_error"),
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": "an error in OpenAI's shape"}

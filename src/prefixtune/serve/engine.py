@@ -55,6 +55,7 @@ class Engine:
         queue: jobs that wait; more are refused.
         cached_tokens: columns times rows that the batch may come to, which bounds its memory.
         chunk: prompt tokens that are read beside one token of each row; what suits the passes by default.
+        vocabulary: only the tokens below it are chosen; None: any that the model has logits for.
         observe: called after each pass with the rows in the batch.
         report: called with what went wrong in the model or in the engine itself.
 
@@ -71,12 +72,13 @@ class Engine:
         queue: int = 256,
         cached_tokens: int = 65_536,
         chunk: int | None = None,
+        vocabulary: int | None = None,
         observe: Callable[[int], None] = lambda rows: None,
         report: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._base, self._passes = base, passes or Padded(base)
         self.rows, self.queue, self.cached_tokens = rows, queue, cached_tokens
-        self._chunk = chunk or self._passes.chunk
+        self._chunk, self._vocabulary = chunk or self._passes.chunk, vocabulary
         self._observe, self._report = observe, report
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -235,7 +237,7 @@ class Engine:
         job = reading.job
         for answer, sampling in enumerate(job.samplings):
             chooser = Chooser(sampling)
-            choice = choose(logits[None], [chooser])[0]
+            choice = choose(logits[None, : self._vocabulary], [chooser])[0]
             row = _Row(job, answer, chooser, choice.token if choice else 0)
             if self._goes_on(row, choice):
                 self._cache.join(reading.rows, reading.row)
@@ -248,7 +250,7 @@ class Engine:
         try:
             if not isinstance(logits, torch.Tensor):
                 raise logits or AssertionError("no logits")
-            choices = choose(logits, [row.chooser for row in self._batch])
+            choices = choose(logits[:, : self._vocabulary], [row.chooser for row in self._batch])
         except Exception as error:  # out of memory, or a mistake: these answers end, the server does not
             self._drop_batch(error)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,13 @@ class Running:
     # --- in the engine's thread
 
     def _hear(self, index: int, step: Step) -> bool:
+        try:
+            return self._read(index, step)
+        except Exception:  # of the tokenizer: the client must hear of it, or it waits for ever
+            logging.getLogger(__name__).exception("an answer has no text, and its request is ended")
+            return self._put(Piece(index=index, failure="unreadable", ended="error"))
+
+    def _read(self, index: int, step: Step) -> bool:
         if step.failure is not None:
             return self._put(Piece(index=index, failure=step.failure, ended="error"))
         answer = self._growing[index]

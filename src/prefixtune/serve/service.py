@@ -284,6 +284,8 @@ class Service:
             queue=self.config.queue,
             cached_tokens=self.config.cached_tokens,
             chunk=self.config.chunk,
+            # rows of an embedding beyond the tokenizer are padding, and have no text
+            vocabulary=max(self.tokenizer.get_vocab().values()) + 1,
             observe=self.metrics.batch_rows.observe,
             report=self._engine_failed,
         )
