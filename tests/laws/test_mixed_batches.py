@@ -185,3 +185,28 @@ def test_forward_with_another_number_of_rows_is_refused(rows: int) -> None:
     base = bare("llama")
     with attach(base, prefixes("llama")), pytest.raises(AttachError, match=f"4 prefixes.*{rows} rows"):
         base(input_ids=C.expand(rows, -1))
+
+
+@pytest.mark.parametrize("given", ["positional", "input_ids", "inputs_embeds", "attention_mask"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_generation_for_another_number_of_prompts_is_refused_whatever_its_beams_come_to(
+    rows: int, given: str
+) -> None:
+    base, ids = bare("llama"), C.expand(rows, -1)
+    inputs = {
+        "input_ids": ids,
+        "inputs_embeds": base.get_input_embeddings()(ids),
+        "attention_mask": torch.ones(rows, 1, dtype=torch.long),
+    }
+    arguments = {given: inputs[given]} if given in inputs else {}
+    with attach(base, prefixes("llama")), pytest.raises(AttachError, match=f"4 prefixes.*{rows} rows"):
+        base.generate(*([] if arguments else [ids]), **arguments, num_beams=4, max_new_tokens=2)
+
+
+def test_one_prefix_in_a_list_is_for_one_prompt() -> None:
+    base = bare("llama")
+    with attach(base, [kv_of("llama", A)]):
+        one = generated(base, C, num_beams=2)
+        with pytest.raises(AttachError, match=r"1 prefixes.*2 rows"):
+            generated(base, C.expand(2, -1))
+    assert one == generated(base, joined(A, C), num_beams=2)

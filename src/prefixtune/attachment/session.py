@@ -188,6 +188,7 @@ class Session:
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
+            self._check_count(_prompts(*args, **kwargs))  # the passes within have beams too, which hide it
             self.generating = True
             try:
                 return original(*args, **kwargs)
@@ -196,18 +197,23 @@ class Session:
 
         return generate
 
-    def expand(self, batch: int) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
-        """Source index and name of each of `batch` rows."""
+    def _check_count(self, batch: int) -> None:
         count = len(self.rows)
-        if self.broadcast or batch == count:
-            repeats = batch if self.broadcast else 1
-        elif self.generating and batch % count == 0:
-            repeats = batch // count  # beams and return sequences lie next to each other
-        else:
+        if not self.broadcast and batch != count:
             raise AttachError(
                 f"{count} prefixes are attached, but the batch has {batch} rows",
                 hint="give attach one PrefixKV or None per row",
             )
+
+    def expand(self, batch: int) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
+        """Source index and name of each of `batch` rows."""
+        count, repeats = len(self.rows), 1
+        if self.broadcast:
+            repeats = batch
+        elif self.generating and batch % count == 0:
+            repeats = batch // count  # beams and return sequences of a prompt lie next to each other
+        else:
+            self._check_count(batch)
         return (
             tuple(row for row in self.rows for _ in range(repeats)),
             tuple(name for name in self.names for _ in range(repeats)),
@@ -238,6 +244,13 @@ class Session:
         if not (key.requires_grad or value.requires_grad):
             self.blocks[place] = (key, value)
         return key, value
+
+
+def _prompts(inputs: Any = None, *args: Any, **kwargs: Any) -> int:
+    """How many prompts a call of generate has; without any it begins one row."""
+    names = ("inputs_embeds", "input_ids", "attention_mask")
+    given = (value for value in (inputs, *map(kwargs.get, names)) if value is not None)
+    return next((len(value) for value in given), 1)
 
 
 def _keep_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
