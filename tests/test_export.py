@@ -20,6 +20,7 @@ from prefixtune.config import DataConfig
 from prefixtune.data import build_prompts
 from prefixtune.errors import ConfigError, ModelError
 from prefixtune.generate import conversation_ids, prompt_row
+from prefixtune.interop.names import default_name
 from prefixtune.interop.vllm.chat import chat_arguments, server_template
 from prefixtune.interop.vllm.reserved import Placeholder, reserve
 from prefixtune.load import load_base
@@ -244,6 +245,19 @@ def test_names_are_told_apart_and_fit_into_an_address(place: Path, tmp_path: Pat
     for name in ("a/b", "a:b", "..", "é"):
         wrong = run(f"{name}={place / 'chat'}", "--output", tmp_path / "x")
         assert (wrong.exit_code, "prefix name" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("demo", "demo"),
+        ("models/Qwen2.5-0.5B/", "Qwen2.5-0.5B"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("models/my model.Q4_0.gguf", "my-model.Q4_0"),
+    ],
+)
+def test_base_is_called_by_the_last_part_of_where_it_came_from(source: str, name: str) -> None:
+    assert default_name(source) == name
 
 
 def test_another_export_adds_prefixes_and_one_of_something_else_is_refused(

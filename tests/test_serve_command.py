@@ -28,8 +28,8 @@ CODE = "import torch; torch.set_num_threads(1); from prefixtune.cli import main;
 def place(tmp_path_factory: Any) -> Path:
     folder: Path = tmp_path_factory.mktemp("served")
     base = served_base(max_position_embeddings=100_000)
-    base.save_pretrained(folder / "little")
-    TOKENIZER.save_pretrained(folder / "little")
+    base.save_pretrained(folder / "little-0.5B")
+    TOKENIZER.save_pretrained(folder / "little-0.5B")
     write_prefix(base, folder / "prefixes" / "mail", length=4, seed=1, template="human")
     write_prefix(base, folder / "other", length=3, seed=2)
     return folder
@@ -39,7 +39,7 @@ def place(tmp_path_factory: Any) -> Path:
 def process(place: Path, *options: Any) -> Iterator[Any]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    line = [sys.executable, "-c", CODE, "serve", "--model", place / "little", "--dtype", "float32"]
+    line = [sys.executable, "-c", CODE, "serve", "--model", place / "little-0.5B", "--dtype", "float32"]
     line += ["--port", port, *options]
     with subprocess.Popen(
         [*map(str, line)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -76,7 +76,7 @@ def test_server_answers_and_finishes_what_runs_when_it_is_told_to_end(place: Pat
         client,
     ):
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
-        assert names == ["little", "little:mail", "little:own"]
+        assert names == ["little-0.5B", "little-0.5B:mail", "little-0.5B:own"]
         idle = HTTPConnection(client.base_url.host, client.base_url.port)
         for pause in (0, 6):  # longer than clients keep a connection, so that it never closes under a request
             time.sleep(pause)
@@ -85,7 +85,7 @@ def test_server_answers_and_finishes_what_runs_when_it_is_told_to_end(place: Pat
         idle.close()
         assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
         assert client.get("/v1/models", headers={"host": "proxy.example"}).status_code == 200
-        body = {"model": "little:mail", "prompt": "x", "temperature": 0, "stream": True}
+        body = {"model": "little-0.5B:mail", "prompt": "x", "temperature": 0, "stream": True}
         with client.stream("POST", "/v1/completions", json=body | {"max_tokens": 90_000}) as response:
             lines = response.iter_lines()
             next(lines)
@@ -124,7 +124,7 @@ def fail(*args: Any, code: int) -> str:
 )
 def test_wrong_option_is_told(place: Path, options: Sequence[str], code: int, said: str) -> None:
     filled = [option.format(place=place) for option in options]
-    assert said in fail("--model", place / "little", *filled, code=code)
+    assert said in fail("--model", place / "little-0.5B", *filled, code=code)
 
 
 @pytest.mark.parametrize("variable", ["PREFIXTUNE_API_KEY", "PREFIXTUNE_ADMIN_KEY"])
@@ -132,17 +132,17 @@ def test_empty_key_in_the_environment_is_no_open_door(
     place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "")
-    assert f"{variable}: expected a key" in fail("--model", place / "little", code=2)
+    assert f"{variable}: expected a key" in fail("--model", place / "little-0.5B", code=2)
 
 
 def test_port_that_is_taken_is_told(place: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        said = fail("--model", place / "little", "--port", port, code=2)
+        said = fail("--model", place / "little-0.5B", "--port", port, code=2)
     assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
 
 
 def test_missing_package_is_told_with_its_install_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["prefixtune.cli.serve"]  # by its name prefixtune.cli has the command
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert "pip install 'prefixtune[serve]'" in fail("--model", place / "little", code=1)
+    assert "pip install 'prefixtune[serve]'" in fail("--model", place / "little-0.5B", code=1)

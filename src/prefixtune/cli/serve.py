@@ -96,12 +96,13 @@ def serve(
         _check_key(option, key)
 
     from prefixtune.cli.engine import load
+    from prefixtune.interop.names import default_name
     from prefixtune.serve.api import build_app
     from prefixtune.serve.server import run
     from prefixtune.serve.service import Service
 
     loaded = load(model, None, dtype=dtype, device=device, quantize=quantize)
-    name = config.served_name or Path(model).stem if Path(model).exists() else config.served_name or model
+    name = config.served_name or default_name(model)
     service = Service(
         loaded.base, loaded.tokenizer, name=name, config=config, prefixes=prefixes, prefix_dir=prefix_dir
     )

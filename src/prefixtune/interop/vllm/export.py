@@ -23,6 +23,7 @@ from prefixtune.attachment import supported
 from prefixtune.errors import ConfigError, ModelError
 from prefixtune.generate import check_positions
 from prefixtune.geometry import Fingerprint, compute_dtype, text_config
+from prefixtune.interop.names import default_name
 from prefixtune.interop.vllm.canary import find_canary
 from prefixtune.interop.vllm.chat import chat_arguments, server_template
 from prefixtune.interop.vllm.reserved import Placeholder, reserve
@@ -84,7 +85,7 @@ def export(
     original = getattr(tokenizer, "chat_template", None)
     placeholder = reserve(tokenizer, vocabulary=vocabulary, chosen=reserved_token)
     template = server_template(original, placeholder)
-    served = served_name or _served_name(source)
+    served = served_name or default_name(source)
     record = {
         "schema": SCHEMA,
         "base": served,
@@ -132,11 +133,6 @@ def _check_names(prefixes: Mapping[str, Path]) -> None:
                 f"prefix name {name!r}: expected letters, digits, '.', '_' and '-'",
                 hint="name it as NAME=FOLDER",
             )
-
-
-def _served_name(source: str) -> str:
-    name = Path(source).expanduser().absolute().name.removesuffix(".gguf")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
 def _model_argument(source: str) -> str | None:
