@@ -194,6 +194,7 @@ SIZES: dict[str, Any] = dict(
 )
 MLA = dict(num_key_value_heads=4, head_dim=None)
 FALCON = dict(head_dim=None, intermediate_size=None, num_key_value_heads=None)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
 GEMMA3N = dict(layer_types=MIXED, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=None)
 
 
@@ -223,6 +224,15 @@ EXTRA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(**FALCON, new_decoder_architecture=True, num_kv_heads=2, alibi=True),
     ),
     "falcon-mqa-alibi": ("falcon", dict(**FALCON, multi_query=True, alibi=True)),
+    "gemma3-images": (
+        "gemma3",
+        dict(
+            text_config=dict(COMMON, head_dim=16, sliding_window=6, layer_types=MIXED),
+            vision_config=dict(VISION, num_attention_heads=2, image_size=28, patch_size=14),
+            mm_tokens_per_image=4,
+            image_token_id=VOCAB - 1,
+        ),
+    ),
     "gemma3n": ("gemma3n_text", dict(**GEMMA3N, num_kv_shared_layers=0)),
     "gpt2-scaled": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True)),
     "llama-yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=8)),
@@ -240,11 +250,25 @@ EXTRA_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral3",
         _rope("yarn", factor=4.0, original_max_position_embeddings=4, llama_4_scaling_beta=0.5),
     ),
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        dict(local_attention=12, head_dim=None, sliding_window=None),
+    ),
     "mpt-without-alibi": ("mpt", dict(attn_config=dict(alibi=False))),
     "olmo3": ("olmo3", dict(layer_types=MIXED)),
     "opt-post-norm": ("opt", dict(do_layer_norm_before=False, word_embed_proj_dim=16)),
     "persimmon": ("persimmon", dict(qk_layernorm=True)),
     "qwen2-moe": ("qwen2_moe", dict(use_sliding_window=True, max_window_layers=1)),
+    "qwen2.5-vl": (
+        "qwen2_5_vl",
+        dict(
+            text_config=dict(
+                COMMON,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]),
+            ),
+            vision_config=dict(VISION, depth=1, num_heads=2, out_hidden_size=32),
+        ),
+    ),
     "smollm3": ("smollm3", dict(no_rope_layer_interval=2, use_sliding_window=True)),
 }
 EXTRA = tuple(EXTRA_CONFIGS)
@@ -278,7 +302,9 @@ def randomised(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
     # transformers 5.17: fused attention leaves out Gemma 2's cap, and shows Doge the tokens to come
     eager = config.model_type in ("gemma2", "doge") and Version(hf.__version__) < Version("5.23")
     chosen = {"attn_implementation": "eager"} if eager else {}
-    model = hf.AutoModelForCausalLM.from_config(config, **chosen).to(dtype)
+    causal = type(config) in hf.AutoModelForCausalLM._model_mapping
+    auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForImageTextToText
+    model = auto.from_config(config, **chosen).to(dtype)
     torch.manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and "norm" not in name and "ln" not in name:

@@ -126,6 +126,38 @@ def test_models_that_cannot_carry_a_prefix_exactly_are_refused_by_name(name: str
     assert not getattr(base, "prefixtune_attached", False)
 
 
+def test_model_whose_own_call_cannot_be_followed_is_unsupported_and_not_called_wrongly() -> None:
+    class OwnMasks(hf.Gemma2ForCausalLM):  # type: ignore[misc]
+        def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **options: Any) -> Any:
+            size = input_ids.shape[1]
+            mask = torch.full((1, 1, size, size), torch.finfo(torch.float32).min).triu(1)
+            return super().forward(input_ids, dict.fromkeys(MIXED, mask), **options)
+
+    base = OwnMasks(sized_config("gemma2")).eval()
+    with pytest.raises(UnsupportedModelError, match=r"OwnMasks.*did not run with a prefix: attention_mask"):
+        PrefixModel(base, PrefixConfig(length=3))
+
+
+def test_tokens_of_images_are_refused_where_the_model_makes_masks_of_them() -> None:
+    base, types = bare("gemma3-images"), torch.zeros_like(B)
+    with attach(base, kv_of("gemma3-images", A)):
+        expected = logits(base, B)
+        assert_close(logits(base, B, token_type_ids=types), expected)
+        types[0, 3] = 1
+        with pytest.raises(AttachError, match=r"token_type_ids.*text only"):
+            logits(base, B, token_type_ids=types)
+
+
+def test_packed_positions_of_several_axes_are_refused_as_those_of_one() -> None:
+    base = bare("qwen2.5-vl")
+    positions = torch.arange(B.shape[1]).expand(4, 1, -1).clone()
+    with attach(base, kv_of("qwen2.5-vl", A)):
+        assert_close(logits(base, B, position_ids=positions), logits(base, B))
+        positions[:, :, 4:] -= 4
+        with pytest.raises(AttachError, match="restart within a row"):
+            logits(base, B, position_ids=positions)
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_their_texts_have_no_prefix_kv(name: str) -> None:
     torch.manual_seed(0)

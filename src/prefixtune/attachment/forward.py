@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from prefixtune.attachment.head import TOKEN_TYPES
 from prefixtune.attachment.view import View, inner_mask, inner_positions
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import Geometry, text_config
@@ -41,6 +42,7 @@ def forward_with_prefix(
     mask = _check_mask(call, batch, past + queries)
     pads = _left_pads(mask)
     _refuse_packed(call, mask, past)
+    _refuse_images(session, call)
     view = View(session, rows, text, past=past, pads=pads)
     lengths = torch.tensor([session.lengths[row] if row >= 0 else 0 for row in rows], device=device)
     _check_positions(session, view.length, past + queries, lengths, pads)
@@ -143,6 +145,8 @@ def _left_pads(mask: Tensor | None) -> Tensor | None:
 def _refuse_packed(call: dict[str, Any], mask: Tensor | None, past: int) -> None:
     """transformers reads restarting positions without a mask as packed documents."""
     positions = call.get("position_ids")
+    if positions is not None and positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]  # of the text; the others are of axes
     if positions is None or mask is not None or past or positions.dim() != 2 or positions.shape[1] < 2:
         return
     if bool((positions[:, 1:] - positions[:, :-1] != 1).any()):
@@ -150,6 +154,18 @@ def _refuse_packed(call: dict[str, Any], mask: Tensor | None, past: int) -> None
             "position_ids jump or restart within a row: packed documents need a 4D attention_mask",
             hint="give [B, 1, T, T] with one causal block per document, so that no document sees another",
         )
+
+
+def _refuse_images(session: Session, call: dict[str, Any]) -> None:
+    """Where the hooked module makes masks by the types of tokens, it would count a prefix among them."""
+    if getattr(session.decoder, "config", None) is text_config(session.base):
+        return
+    for name in TOKEN_TYPES:
+        if call.get(name) is not None and bool((call[name] != 0).any()):
+            raise AttachError(
+                f"{name}: {type(session.base).__name__} is exact behind a prefix for text only",
+                hint="leave images and their tokens out",
+            )
 
 
 def _check_positions(

@@ -6,6 +6,8 @@ Axes: S tokens, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from prefixtune.errors import UnsupportedModelError
 from prefixtune.geometry import quiet_eval, text_config
 
-__all__ = ["decoder_of", "head_of", "last_hidden", "multiply_once", "splits"]
+__all__ = ["TOKEN_TYPES", "decoder_of", "head_of", "last_hidden", "multiply_once", "splits"]
+
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 is text; images' tokens see each other
 
 
 class _Ready(BaseModelOutputWithPast):  # type: ignore[misc]
@@ -31,16 +35,29 @@ class _Ready(BaseModelOutputWithPast):  # type: ignore[misc]
 
 def decoder_of(base: Any) -> Any:
     """The module that takes ids, masks, positions and the cache, and returns hidden states."""
-    import inspect
-
+    names = (getattr(base, "base_model_prefix", ""), "model", "transformer")
+    inside = (getattr(base, name, None) for name in names if name)
+    outer: Any = next((module for module in inside if _takes(module, "past_key_values")), base)
     found = base.get_decoder() if hasattr(base, "get_decoder") else base
-    if found is not base and found is not None:
-        return found
-    for name in (getattr(base, "base_model_prefix", ""), "model", "transformer"):
-        inner = getattr(base, name, None) if name else None
-        if isinstance(inner, nn.Module) and "past_key_values" in inspect.signature(inner.forward).parameters:
-            return inner
-    return base
+    if found is base or not _takes(found, "past_key_values"):  # ModernBERT gives its output layer
+        return outer
+    # Gemma 3 with images makes masks of the text's columns before its language model could be given more
+    return outer if found is not outer and _makes_masks(type(outer).forward) else found
+
+
+def _takes(module: Any, name: str) -> bool:
+    return isinstance(module, nn.Module) and name in _arguments(type(module).forward)
+
+
+@functools.cache
+def _makes_masks(forward: Callable[..., Any]) -> bool:
+    called = inspect.unwrap(forward).__code__.co_names
+    return any(name.startswith(("create_causal_mask", "create_masks")) for name in called)
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def last_hidden(base: Any, **inputs: Any) -> Tensor:

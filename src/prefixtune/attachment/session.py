@@ -88,7 +88,7 @@ def supported(base: nn.Module) -> Geometry:
         try:
             if not next(base.parameters()).is_meta:
                 _check_oracle(base)
-        except (LookupError, RuntimeError) as error:
+        except (LookupError, RuntimeError, AttachError) as error:
             del _SUPPORTED[base]
             if isinstance(error, torch.OutOfMemoryError):
                 raise

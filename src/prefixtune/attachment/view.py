@@ -133,9 +133,12 @@ def inner_mask(
 def inner_positions(
     given: Tensor | None, lengths: Tensor, pads: Tensor | None, past: int, queries: int
 ) -> Tensor:
-    """[B, T] positions with the prefix before the text: the caller's, or counted from the text's start."""
+    """[B, T] positions with the prefix before the text: the caller's, or counted from the text's start.
+
+    The caller's may be [A, B, T] of several axes, in which a prefix takes as many places as in one.
+    """
     if given is not None:
-        if given.dim() != 2 or given.shape[1] != queries:
+        if given.dim() not in (2, 3) or given.shape[-1] != queries:
             raise AttachError(f"position_ids: expected [B, {queries}]; got {list(given.shape)}")
         return given + lengths[:, None].to(given)
     positions = torch.arange(past, past + queries, device=lengths.device)[None]
