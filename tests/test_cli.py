@@ -348,6 +348,14 @@ def test_inspect_tells_which_layers_train(tmp_path: Path) -> None:
     assert "24 layers, 0 to 23" in fail("inspect", tmp_path / "config.json", "--layers", "24", code=2)
 
 
+@pytest.mark.parametrize("option", [[], ["--model"]])
+def test_checkpoint_of_a_whole_model_is_a_model(tmp_path: Path, option: list[str]) -> None:
+    for name, content in (("config.json", BLOOM), ("trainer_state.json", {"global_step": 2})):
+        (tmp_path / name).write_text(json.dumps(content))
+    facts = json.loads(succeed("inspect", *option, tmp_path, "--json").stdout)
+    assert facts["trainable_parameters"] == 983_040
+
+
 def test_inspect_without_json_says_the_same_numbers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BLOOM))
     text = succeed("inspect", tmp_path / "config.json").stdout

@@ -14,11 +14,7 @@ from prefixtune.config import PrefixConfig, chosen_layers
 
 __all__ = ["inspect"]
 
-A_RUN = (
-    "prefix.json",
-    "run.json",
-    "trainer_state.json",
-)  # by which a prefix folder, or what may be one, is known
+A_RUN, CHECKPOINT = ("prefix.json", "run.json"), "trainer_state.json"
 
 
 @click.command()
@@ -44,7 +40,7 @@ def inspect(
             "expected one model or one prefix folder, for example: prefixtune inspect demo"
         )
     target = named[0]
-    if prefix_folder is not None or any((Path(target).expanduser() / name).is_file() for name in A_RUN):
+    if prefix_folder is not None or (model is None and _may_be_prefix(Path(target).expanduser())):
         from prefixtune.storage import load_prefix
 
         folder = Path(target).expanduser()
@@ -55,6 +51,12 @@ def inspect(
     geometry, parameters = _measure(target)
     facts = _facts(geometry, parameters, config)
     print_json(facts) if as_json else _print_facts(geometry, facts, config)
+
+
+def _may_be_prefix(folder: Path) -> bool:
+    """Whether it is a prefix folder or a part of a run; a checkpoint of a whole model has its config.json."""
+    held = {name for name in (*A_RUN, CHECKPOINT, "config.json") if (folder / name).is_file()}
+    return not held.isdisjoint(A_RUN) or held == {CHECKPOINT}
 
 
 def _with_counts(info: dict[str, Any], folder: Path) -> dict[str, Any]:
