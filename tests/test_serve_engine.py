@@ -570,6 +570,14 @@ def test_sampling_has_the_probabilities_of_the_logits() -> None:
     assert torch.allclose(counts / 4000, (logits / 0.7).softmax(0), atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-30, 1e-6, 1e-5])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_colder_the_surer_down_to_any_temperature(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([-30.0, 20.0, 19.9, 3.0])
+    chooser = Chooser(Sampling(temperature=temperature, top_p=top_p, presence_penalty=1e-3, seed=5))
+    assert {chooser.choose(logits).token for _ in range(20)} == {1}
+
+
 def test_penalties_are_those_of_openais_formula() -> None:
     logits = torch.tensor([3.0, 2.9, 2.0, 0.0])
     asked = Sampling(temperature=0, presence_penalty=0.05, frequency_penalty=0.3, logprobs=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["Choice", "Chooser", "Sampling", "choose"]
 
+COLDEST = 1e-5  # below it logits divided by the temperature may be no numbers
 FIRST_TRY = 256  # most probable tokens that are looked at before all V are sorted for top_p
 
 
@@ -22,7 +23,7 @@ class Sampling:
     """What one answer asks of the choice of its tokens.
 
     Attributes:
-        temperature: 0 takes the most probable token.
+        temperature: 0, or less than 1e-5 as on vLLM, takes the most probable token.
         top_p: sample from the most probable tokens that share this much probability.
         seed: makes the answer repeatable, whatever else is in the batch; None draws one.
         presence_penalty: subtracted from the logits of tokens that the answer has already.
@@ -40,7 +41,11 @@ class Sampling:
     @property
     def is_plain(self) -> bool:
         """Whether the highest logit is the answer and nothing else is asked for."""
-        return self.temperature == 0 and self.logprobs is None and not self.has_penalties
+        return self.is_greedy and self.logprobs is None and not self.has_penalties
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < COLDEST
 
     @property
     def has_penalties(self) -> bool:
@@ -80,7 +85,7 @@ class Chooser:
         """The next token by logits [V]."""
         asked = self.sampling
         scores = self._penalised(logits) if asked.has_penalties and self.counts else logits
-        token = int(scores.argmax()) if asked.temperature == 0 else self._sample(scores)
+        token = int(scores.argmax()) if asked.is_greedy else self._sample(scores)
         if asked.has_penalties:
             self.counts[token] += 1
         if asked.logprobs is None:
