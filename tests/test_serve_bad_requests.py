@@ -53,6 +53,19 @@ def test_bad_request_is_told_what_is_wrong_with_it(client: Any, name: str) -> No
         assert f"'{param}' is not supported" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_empty_turn_in_a_chat_is_told_by_its_place_and_with_no_option_of_training(
+    client: Any, content: str
+) -> None:
+    user = {"role": "user", "content": "hello"}
+    messages = [user, {"role": "assistant", "content": content}, user]
+    response = client.post(CHAT, json={"model": NAME, "messages": messages})
+    check(client, response, 400, "messages")
+    message = response.json()["error"]["message"]
+    assert message.startswith("messages[1].content: ")
+    assert "--" not in message
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/admin/prefixes"])
 @pytest.mark.parametrize("name", BODIES)
 def test_bad_body_is_told_what_is_wrong_with_it(client: Any, name: str, path: str) -> None:

@@ -46,6 +46,12 @@ class Prompts:
             turns, last = _turns(messages, template)
             with self._lock:
                 return conversation_ids(turns, last, self._tokenizer, template)
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and not message["content"].strip():
+                raise DataError(
+                    f"messages[{index}].content: this turn of the assistant is empty",
+                    hint="leave it out, or say what the assistant said",
+                )
         said = [*messages, {"role": "assistant", "content": PLACEHOLDER}]
         config = DataConfig(template=template, max_length=sys.maxsize)
         with self._lock:
