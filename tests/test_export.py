@@ -164,6 +164,27 @@ def test_chat_is_exact_or_not_offered(make: Any, form: str, template: str | None
         assert found is None
 
 
+@pytest.mark.parametrize("named", [{"default": CHATML}, {"default": CHATML + "\n", "tool_use": THINKING}])
+def test_of_several_templates_each_chat_gets_the_one_that_it_had(named: dict[str, str]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = named
+    placeholder = reserve(tokenizer, vocabulary=9999, chosen=None)
+    server = server_template(named, placeholder)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    for tools in (None, [{"type": "function", "function": {"name": "look", "parameters": {}}}]):
+        options: dict[str, Any] = {"tools": tools, "tokenize": False}
+        expected = tokenizer.apply_chat_template(messages, **options)
+        assert tokenizer.apply_chat_template(messages, chat_template=server, **options) == expected
+    assert chat_arguments("chat", tokenizer, server=server, placeholder=placeholder) is not None
+
+
+def test_several_templates_without_a_default_are_refused_by_their_names() -> None:
+    tokenizer = byte_tokenizer()
+    placeholder = reserve(tokenizer, vocabulary=9999, chosen=None)
+    with pytest.raises(ModelError, match="rag, tool_use"):
+        server_template({"rag": CHATML, "tool_use": CHATML}, placeholder)
+
+
 def test_text_form_takes_one_message_of_the_user(output: Path) -> None:
     tokenizer = byte_tokenizer()
     chat = json.loads((output / "prefixes/human/vllm.json").read_text())["chat"]

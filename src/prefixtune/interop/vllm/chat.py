@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixtune.config import DataConfig
 from prefixtune.data import build_prompts
-from prefixtune.errors import ConfigError, PrefixTuneError
+from prefixtune.errors import ConfigError, ModelError, PrefixTuneError
 from prefixtune.generate import prompt_row
 from prefixtune.interop.vllm.reserved import Placeholder
 
@@ -19,17 +19,23 @@ ONE_TEXT = "this prefix was trained on single texts: send one message, of the us
 LENGTH = 3  # of the prefix with which rendering is checked
 
 
-def server_template(original: str | None, placeholder: Placeholder) -> str:
+def server_template(original: str | Mapping[str, str] | None, placeholder: Placeholder) -> str:
     """The Jinja template for the server.
 
     Args:
-        original: the tokenizer's own, by which chats without a prefix go on as before.
+        original: the tokenizer's own, by which chats without a prefix go on as before; of several by name
+            "tool_use" for requests with tools and "default" for others, as transformers and vLLM choose.
 
     Its arguments come from the middleware: prefixtune_length, and prefixtune_form with what `chat_arguments`
     gives.
+
+    Raises:
+        ModelError: there are several templates, and none is the default.
     """
-    fallback = "{{ raise_exception('the tokenizer has no chat template') }}"
-    body = fallback if original is None else original.removesuffix("\n")  # Jinja drops a last line break
+    if original is None:
+        original = "{{ raise_exception('the tokenizer has no chat template') }}"
+    # Jinja drops a last line break
+    body = original.removesuffix("\n") if isinstance(original, str) else _chosen_by_tools(original)
     text = placeholder.text.replace("\\", "\\\\").replace("'", "\\'")
     return (
         "{% if prefixtune_length is defined %}{{ '" + text + "' * prefixtune_length }}{% endif %}"
@@ -41,6 +47,16 @@ def server_template(original: str | None, placeholder: Placeholder) -> str:
         " ~ prefixtune_after }}"
         "{% else %}\n" + body + "{% endif %}"
     )
+
+
+def _chosen_by_tools(templates: Mapping[str, str]) -> str:
+    if "default" not in templates:
+        raise ModelError(
+            f"the tokenizer has several chat templates ({', '.join(templates)}) and no default",
+            hint="set its chat_template to the one that is to be served",
+        )
+    default, tools = (templates.get(name, "").removesuffix("\n") for name in ("default", "tool_use"))
+    return "{% if tools %}\n" + tools + "{% else %}\n" + default + "{% endif %}" if tools else default
 
 
 def chat_arguments(
