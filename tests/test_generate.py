@@ -205,15 +205,15 @@ def test_one_text_does_not_fill_a_format_of_several_fields() -> None:
 
 
 @pytest.mark.parametrize("template", ["human", "human-one-bos", "Q: {question}\\nA: {reply}"])
-@pytest.mark.parametrize("bos", [True, False])
-def test_conversation_is_its_rows_as_in_training_and_begins_once(template: str, bos: bool) -> None:
-    tokenizer = tokenizer_with_padding(bos=bos)
+@pytest.mark.parametrize("around", ["<s> $A", "</s> $A", "<s> $A </s>", "$A"])
+def test_conversation_is_its_rows_as_in_training_and_begins_once(template: str, around: str) -> None:
+    tokenizer = tokenizer_with_padding(around=around)
     fields = ("question", "reply") if "{" in template else ("instruction", "output")
     turns = [("Who?", "You."), ("Where?", "There.")]
     rows = [Row(values=dict(zip(fields, turn, strict=True)), origin="r") for turn in turns]
     trained, _ = build_examples(rows, tokenizer, DataConfig(template=template))
     prompt = build_prompts([prompt_row("Why?", template)], tokenizer, DataConfig(template=template))[0]
-    start = 1 if bos else 0
+    start = 0 if around.startswith("$A") else 1
     expected = [*trained[0].input_ids, *trained[1].input_ids[start:], *prompt.input_ids[start:]]
     assert conversation_ids(turns, "Why?", tokenizer, template) == expected
 

@@ -47,6 +47,16 @@ def test_texts_are_the_seeds_and_begin_differently(place: Path) -> None:
     assert all(2 <= len(text) <= 64 for text in first)
 
 
+@pytest.mark.parametrize(("around", "begin"), [("<s> $A", ["<s>"]), ("</s> $A", ["</s>"]), ("$A </s>", [])])
+def test_texts_begin_with_what_the_tokenizer_puts_before_each_text(around: str, begin: list[str]) -> None:
+    tokenizer = byte_tokenizer(around=around)
+    base = tiny_model("llama", vocab_size=len(tokenizer))
+    texts = sample_texts(base, tokenizer, seed=1, texts=4, tokens=9)
+    start = tokenizer.convert_tokens_to_ids(begin)
+    assert all(text[: len(start)] == start for text in texts)
+    assert not any(text[len(start)] in tokenizer.all_special_ids for text in texts)
+
+
 def test_neutral_text_is_forgotten_less(place: Path, tmp_path: Path) -> None:
     found = {}
     for weight in (0, 3):

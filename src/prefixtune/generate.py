@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Row, build_examples, build_prompts
+from prefixtune.data import Row, added_tokens, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError, PrefixTuneError
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.progress import progress_bar
@@ -300,9 +300,9 @@ def _messages(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def _without_start(ids: Sequence[int], tokenizer: Any, *, is_first: bool) -> Sequence[int]:
-    """A conversation begins once, so only its first row keeps the token that says so."""
-    starts = not is_first and tokenizer.bos_token_id is not None and ids[:1] == (tokenizer.bos_token_id,)
-    return ids[1:] if starts else ids
+    """A conversation begins once, so only its first row keeps what begins each text."""
+    start, _ = added_tokens(tokenizer)
+    return ids[len(start) :] if not is_first and list(ids[: len(start)]) == start else ids
 
 
 def _target_field(template: str | None) -> str:

@@ -20,6 +20,7 @@ from prefixtune.data.examples import (
 from prefixtune.data.row import Row
 from prefixtune.data.show import example_text
 from prefixtune.data.sources import load_rows, parse_fields
+from prefixtune.data.templates import added_tokens
 
 __all__ = [
     "Collator",
@@ -27,6 +28,7 @@ __all__ = [
     "Example",
     "Prompt",
     "Row",
+    "added_tokens",
     "build_examples",
     "build_prompts",
     "default_template",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from prefixtune.data import added_tokens
 from prefixtune.errors import DataError
 from prefixtune.generate import ending, generate_ids, sampling, seeded
 from prefixtune.geometry import quiet_eval, text_config
@@ -97,7 +98,7 @@ def sample_texts(
     generator = torch.Generator().manual_seed(seed)
     special = {*tokenizer.all_special_ids, ending(base, tokenizer)["pad_token_id"]}
     words = torch.randperm(min(len(tokenizer), text_config(base).vocab_size), generator=generator).tolist()
-    start = _beginning(tokenizer)
+    start, _ = added_tokens(tokenizer)
     asked = [[*start, word] for word in words if word not in special][:texts]
     with seeded(seed):
         answers = generate_ids(
@@ -116,9 +117,3 @@ def sample_texts(
             hint="--retain 0 does without neutral text",
         )
     return found
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """The token that begins every text, where there is one."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
