@@ -215,6 +215,20 @@ def test_a_cell_that_trains_nothing_runs_once_for_all_seeds_and_numbers_of_rows(
     assert [(row["method"], row["train_rows"]) for row in rows] == [("base", 4), ("base", 8)]
 
 
+def test_methods_whose_names_look_alike_in_a_file_name_have_cells_of_their_own() -> None:
+    def names(*methods: str, **settings: Any) -> list[str]:
+        tables = settings or {name: {"of": "lora"} for name in methods}
+        values = {"train": "t", "eval": "e", "methods": methods, "seeds": 1, "train_rows": [4, 8]}
+        return [cell.name for cell in plan_of(values, settings=tables).cells]
+
+    assert len(set(names("基线一", "基线二", "r=8", "r 8", "r_8"))) == 5 * 2
+    assert names("r_8") == ["r_8-4rows-1", "r_8-8rows-1"]
+    with pytest.raises(ConfigError, match="a and a-4rows would both be kept"):
+        names("a", "a-4rows", **{"a": {"of": "lora"}, "a-4rows": {"of": "base"}})
+    with pytest.raises(ConfigError, match="lora and Lora"):
+        names("lora", "Lora")  # one file where a disk knows no case
+
+
 def test_a_changed_setting_changes_the_key_of_its_method_alone(model: Path) -> None:
     def keys(**settings: Any) -> dict[str, str]:
         plan = make_plan(model, methods=("base", "lora", "full"), settings=settings)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Cell:
     @property
     def name(self) -> str:
         method = re.sub(r"[^A-Za-z0-9._+-]", "_", self.method.name)
+        if method != self.method.name:  # which another name may have become too
+            method += f"-{hashlib.sha256(self.method.name.encode()).hexdigest()[:8]}"
         return f"{method}-{self.rows}rows-{self.seed}" if self.several else f"{method}-{self.seed}"
 
 
@@ -226,4 +228,18 @@ def plan_of(
         if not isinstance(table, Mapping):
             raise ConfigError(f"settings: expected a table [settings.{name}]; got {table!r}")
     methods = methods_of(config.methods, changes)
-    return Plan(config=config, data=DataConfig(**(data or {})), methods=methods, changes=changes)
+    plan = Plan(config=config, data=DataConfig(**(data or {})), methods=methods, changes=changes)
+    _check_names(plan.cells)
+    return plan
+
+
+def _check_names(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError where two methods would have one file, also where case makes no difference."""
+    owners: dict[str, str] = {}
+    for cell in cells:
+        owner = owners.setdefault(cell.name.lower(), cell.method.name)
+        if owner != cell.method.name:
+            raise ConfigError(
+                f"methods: {owner} and {cell.method.name} would both be kept as cells/{cell.name}.json",
+                hint="give one of them another name",
+            )
