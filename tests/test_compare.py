@@ -18,6 +18,7 @@ from operations import Operations
 from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, Plan, plan_of, read_file
 from prefixtune.compare.cell import run_cell
+from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import result_rows, spread
@@ -26,6 +27,7 @@ from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, MissingExtraError
 from prefixtune.load import load_base
 from prefixtune.report import columns_of, require_matplotlib
+from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
 from tokenizers_for_tests import byte_tokenizer
 
@@ -134,6 +136,19 @@ def test_training_time_holds_the_sampling_of_neutral_text(
     found = run_cell(plan, cell, make_rows(plan), tmp_path)
     assert found["train_seconds"] > 2
     assert found["seconds"]["prepare_and_train"] - found["train_seconds"] < 2
+
+
+def test_a_cell_that_runs_again_samples_its_own_neutral_text(model: Path, tmp_path: Path) -> None:
+    plan = make_plan(model, methods=("prefix",), forgetting=False, eval_rows=1, max_steps=1)
+    make_rows(plan).write(tmp_path / "data.json", key="any")
+    task = {"cell": "prefix-1", "rows": tmp_path / "data.json", "folder": tmp_path / "prefix-1"}
+    found = []
+    for _ in range(2):
+        run_child(plan, task)
+        kept = tmp_path / "prefix-1" / RETENTION
+        found.append(kept.read_text(encoding="utf-8"))
+        kept.write_text("[[1, 2, 3, 4]]", encoding="utf-8")  # as another model's would be there
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("of", ["lora", "prefix"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -53,7 +54,9 @@ def _run(plan: Plan, task: dict[str, Any]) -> dict[str, Any]:
     rows = Rows.read(Path(task["rows"]))
     assert rows is not None
     folder = Path(task["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # of an earlier run, whose neutral text would be taken for this one's
+    folder.mkdir(parents=True)
     return run_cell(plan, cell, rows, folder)
 
 
