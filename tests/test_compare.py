@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import result_rows, spread
 from prefixtune.compare.rows import Rows
 from prefixtune.config import TrainConfig
-from prefixtune.errors import ConfigError, MissingExtraError
+from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.load import load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
@@ -253,6 +254,50 @@ def test_a_changed_setting_changes_the_key_of_its_method_alone(model: Path) -> N
     assert [name for name in before if before[name] != after[name]] == ["lora-1"]
 
 
+def test_an_edited_metric_and_other_packages_change_the_key(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> dict[str, str]:
+        plan = make_plan(model, methods=("prefix", "lora"), metrics=("metric_of_mine:score",))
+        return {cell.method.name: plan.cell_key(cell, "rows") for cell in plan.cells}
+
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "metric_of_mine.py"
+    file.write_text("def score(predictions, references):\n    return 1.0\n", encoding="utf-8")
+    before = keys()
+    assert keys() == before
+    file.write_text("def score(predictions, references):\n    return 0.0\n", encoding="utf-8")
+    edited = keys()
+    assert all(edited[name] != before[name] for name in before)
+    for package, changed in (("peft", ["lora"]), ("torch", ["prefix", "lora"])):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", lambda name, package=package: str(name == package))
+            found = keys()
+            patch.setattr("importlib.metadata.version", lambda name: "False")
+            assert [name for name, key in keys().items() if key != found[name]] == changed
+
+
+def test_other_weights_or_settings_at_the_same_place_are_another_base(model: Path, tmp_path: Path) -> None:
+    place = tmp_path / "llama"
+    shutil.copytree(model, place)
+    shutil.copy(model.parent / "rows.json", tmp_path)
+    plan = make_plan(place, methods=("base",), forgetting=False)
+    (cell,) = plan.cells
+    files, rows = [plan.data_key()], [make_rows(plan)]
+    other = load_base(str(place), dtype="float32").model
+    for parameter in other.parameters():
+        parameter.data.mul_(1.0001)
+    other.save_pretrained(place)
+    for _ in range(2):
+        files.append(plan.data_key())
+        rows.append(make_rows(plan))
+        (place / "generation_config.json").write_text('{"repetition_penalty": 1.5}', encoding="utf-8")
+    assert rows[0].train == rows[1].train == rows[2].train
+    assert len(set(files)) == len({one.key for one in rows}) == 3
+    with pytest.raises(RunError, match="other weights than when data"):
+        run_cell(plan, cell, rows[0], tmp_path)
+
+
 def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text(
@@ -361,6 +406,7 @@ def test_results_hold_the_columns_and_what_they_carry(folder: Folder) -> None:
     cell = json.loads((folder.path / "out" / "cells" / "prefix-1.json").read_text(encoding="utf-8"))
     assert (row["dev_loss"], row["dev_loss_std"]) == (cell["dev_loss"], 0.0)
     assert row["peak_memory_bytes"] == cell["peak_memory_bytes"] > 50e6  # of a process of its own
+    assert cell["versions"] == found["versions"]
     assert {"settings", "seeds", "versions", "machine", "command"} <= found.keys()
 
 

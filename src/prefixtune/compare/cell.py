@@ -23,7 +23,7 @@ from prefixtune.data import Example
 from prefixtune.errors import RunError
 from prefixtune.forgetting import NeutralTexts, forgetting
 from prefixtune.generate import ending, generate_batch
-from prefixtune.geometry import quiet_eval
+from prefixtune.geometry import Fingerprint, quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
@@ -62,12 +62,13 @@ def run_cell(plan: Plan, cell: Cell, rows: Rows, folder: Path) -> dict[str, Any]
     """Train and measure; `folder` gets what was trained, and the answers.
 
     Raises:
-        RunError: the training diverged.
+        RunError: the training diverged, or the base is not the one that the rows were made with.
         PrefixTuneError: the method does not work on this model or these rows.
     """
     begin = time.perf_counter()
     dtype = rows.about["dtype"]
     base = load_base(plan.config.model, dtype="float32" if cell.method.of == "full" else dtype)
+    _check_base(plan, base, rows)
     place = str(base.model.device)
     forget_peak(place)  # what loading took is no method's
     initial = resident(place)
@@ -92,6 +93,15 @@ def run_cell(plan: Plan, cell: Cell, rows: Rows, folder: Path) -> dict[str, Any]
         "seconds": {"load": loaded - begin, "prepare_and_train": trained - loaded}
         | {"measure": time.perf_counter() - trained},
     }
+
+
+def _check_base(plan: Plan, base: LoadedBase, rows: Rows) -> None:
+    recorded = Fingerprint.from_dict(rows.about["base"]["fingerprint"])
+    if not Fingerprint.of(base.model).matches(recorded):
+        raise RunError(
+            f"{plan.config.model} has other weights than when data.json was made",
+            hint="delete data.json in the folder of the comparison, and run it again",
+        )
 
 
 def _contender(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, folder: Path, dtype: str) -> Contender:

@@ -33,7 +33,8 @@ def main() -> None:
         if task["cell"] is None:
             from prefixtune.compare.prepare import make_rows
 
-            make_rows(plan).write(result, key=plan.data_key())
+            key = plan.data_key()  # of the files as they are before they are read
+            make_rows(plan).write(result, key=key)
             return
         found = _run(plan, task)
     except Exception as error:

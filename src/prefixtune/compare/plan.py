@@ -11,9 +11,11 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from prefixtune.compare.machine import versions
 from prefixtune.compare.settings import Method, methods_of
 from prefixtune.config import DataConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
@@ -141,7 +143,7 @@ class Plan:
         """A hash of all that decides which rows there are and how they read."""
         config = self.config
         parts = {
-            "model": config.model,
+            "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],
             "rows": [max(config.train_rows, default=None), config.eval_rows],  # type: ignore[type-var]
             "data": self.data.to_dict(),
@@ -151,19 +153,20 @@ class Plan:
         return digest(parts)
 
     def cell_key(self, cell: Cell, data: str) -> str:
-        """A hash of all that decides a cell's numbers; `data` is the hash of the rows themselves."""
+        """A hash of all that decides a cell's numbers; `data` is that of the rows and the base."""
         from prefixtune import __version__
 
         config = self.config
         parts = {
             "version": __version__,
+            "packages": versions(("torch", "transformers", *(["peft"] if cell.method.needs_peft else []))),
             "data": data,
             "method": [cell.method.of, dict(cell.method.options)],
             "seed": cell.seed,
             "rows": cell.rows,
             "schedule": {**_defaults(), **config.schedule},
             "instruction": config.instruction if cell.method.of == "prompt" else None,
-            "metrics": config.metrics,
+            "metrics": [[name, _metric_file(name)] for name in config.metrics],
             "max_new_tokens": config.max_new_tokens,
             "prefix_length": self.prefix_length if cell.method.needs_peft else None,
         }
@@ -186,6 +189,20 @@ def _file_key(source: str | None) -> str | None:
         return source
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model_files(model: str) -> list[Any]:
+    """Name, size and time of the files of a model that lies here: to hash all weights would take too long."""
+    path = Path(model).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def _metric_file(name: str) -> str | None:
+    """The contents of the file that a metric of the user's own stands in."""
+    module, own, _ = name.partition(":")
+    return _file_key(getattr(import_module(module), "__file__", None)) if own else None
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefixtune.compare.machine import describe_machine
-from prefixtune.compare.plan import Plan
+from prefixtune.compare.plan import Plan, digest
 from prefixtune.compare.rows import Question, Rows
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts, load_rows, parse_fields
 from prefixtune.errors import DataError
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
+from prefixtune.geometry import Fingerprint
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note
@@ -55,6 +56,7 @@ def make_rows(plan: Plan) -> Rows:
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "dtype_reason": base.dtype_reason,
         "model": config.model,
+        "base": _described(base.model),
         "training": report.summary(),
         "evaluation": f"{len(questions)} inputs; loss on {eval_report.summary()}",
         "machine": describe_machine(),
@@ -73,6 +75,13 @@ def make_rows(plan: Plan) -> Rows:
             "seconds_per_new_token": seconds,
         },
     )
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """What makes the base another one, wherever it lies: its weights, and how it computes and generates."""
+    config = {**model.config.to_dict(), "_name_or_path": None}
+    settings = digest([config, model.generation_config.to_dict()])
+    return {"settings": settings, "fingerprint": Fingerprint.of(model).to_dict()}
 
 
 def _evaluation(

@@ -34,7 +34,7 @@ class Rows:
         eval: rows of the questions, for the loss.
         neutral: text that the base wrote itself, for forgetting; empty where that is not measured.
         neutral_losses: the base's loss on each text of it, in nats.
-        about: counts and settings that the report shows; no part of the hash.
+        about: counts and settings that the report shows; of these the precision and the base are in the hash.
     """
 
     train: tuple[Example, ...]
@@ -46,9 +46,9 @@ class Rows:
 
     @property
     def key(self) -> str:
-        """A hash of the rows as the models see them, of the answers, and of the precision."""
+        """A hash of the rows as the models see them, of the answers, and of the base in its precision."""
         rows = {name: value for name, value in self._plain().items() if name != "neutral_losses"}
-        return digest({**rows, "dtype": self.about["dtype"]})
+        return digest({**rows, "dtype": self.about["dtype"], "base": self.about["base"]})
 
     def _plain(self) -> dict[str, Any]:
         return {

@@ -172,7 +172,7 @@ class _Bench:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if found["key"] == key:
                 return found
-            note(f"{cell.name}: its settings or rows have changed, so it runs again")
+            note(f"{cell.name}: its settings, rows, model or packages have changed, so it runs again")
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError):
@@ -187,6 +187,7 @@ class _Bench:
             "seed": cell.seed,
             "train_rows": cell.rows,
             "settings": cell.method.shown(),
+            "versions": versions(),
         }
         path, start = self._path(cell), time.perf_counter()
         failure = _child(self.plan, self.output, name=cell.name, result=path, cell=cell, about=about)
