@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from families import tiny_model
 from operations import Operations
 from prefixtune.cli import main
-from prefixtune.compare import METHODS, CompareConfig, Plan, plan_of, read_file
+from prefixtune.compare import METHODS, CompareConfig, Plan, compare, plan_of, read_file
 from prefixtune.compare.cell import run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_trainer
@@ -25,7 +25,7 @@ from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import result_rows, spread
 from prefixtune.compare.rows import Rows
 from prefixtune.config import TrainConfig
-from prefixtune.errors import ConfigError, MissingExtraError, RunError
+from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunError
 from prefixtune.load import load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
@@ -326,6 +326,7 @@ def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path
         ({"methods": ("prefix",)}, {"prefix": {"seed": 3}}, "no setting seed"),
         ({"methods": ("lora",)}, {"lora": {"rank": -1}}, "rank: expected more than 0"),
         ({"train_rows": 0}, {}, "train_rows"),
+        ({"max_new_tokens": -1}, {}, "max_new_tokens: expected more than 0"),
         ({"trian": "x"}, {}, "unknown option trian"),
     ],
 )
@@ -384,6 +385,20 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     make_rows(plan).write(path / "out" / "data.json", key=plan.data_key())  # saves the time of a process
     arguments = Folder.arguments_in(path, model, "long,prefix")
     return Folder(path, model, invoke(*arguments))
+
+
+@pytest.mark.parametrize("metric", ["json_equal", "metric_that_fails:score"])
+def test_a_metric_that_cannot_be_scored_is_told_before_any_cell(
+    metric: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "def score(predictions, references):\n    return {}['key']\n"
+    (tmp_path / "metric_that_fails.py").write_text(text, encoding="utf-8")
+    plan = make_plan(model, methods=("base",), metrics=(metric,), forgetting=False)
+    make_rows(plan).write(tmp_path / "data.json", key=plan.data_key())
+    with pytest.raises((ConfigError, DataError), match=f"{metric}: "):
+        compare(plan, tmp_path)
+    assert list((tmp_path / "cells").iterdir()) == []
 
 
 def test_a_failed_cell_is_told_and_loses_no_other(folder: Folder) -> None:

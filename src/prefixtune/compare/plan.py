@@ -59,7 +59,8 @@ class CompareConfig(_Config):
             raise ConfigError("methods: expected one at least")
         if any(not isinstance(rows, int) or rows <= 0 for rows in self.train_rows):
             raise ConfigError(f"train_rows: expected whole numbers above 0; got {self.train_rows!r}")
-        for name in ("eval_rows", "seeds", "num_train_epochs", "max_steps", "per_device_train_batch_size"):
+        counts = ("eval_rows", "seeds", "max_steps", "per_device_train_batch_size", "max_new_tokens")
+        for name in (*counts, "num_train_epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}: expected more than 0; got {value}")

@@ -21,7 +21,7 @@ from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.results import result_rows
 from prefixtune.compare.rows import Rows, write_json
 from prefixtune.errors import PrefixTuneError, RunError
-from prefixtune.metrics import check_metrics
+from prefixtune.metrics import check_metrics, measure
 from prefixtune.progress import note, progress_bar
 
 __all__ = ["DATA", "RESULTS", "compare"]
@@ -46,6 +46,9 @@ def compare(plan: Plan, output: Path, *, command: str = "") -> dict[str, Any]:
         _require_peft()
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     rows = _rows(plan, output)
+    if plan.config.metrics:  # what cannot be scored is told before hours of training: references as answers
+        references = [question.references for question in rows.questions]
+        measure(plan.config.metrics, [texts[0] for texts in references], references)
     bench = _Bench(plan, output, rows, command)
     try:
         bench.run()

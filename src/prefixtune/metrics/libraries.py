@@ -105,5 +105,5 @@ def check_words(references: Sequence[Sequence[str]], *, language: str) -> None:
         raise DataError(
             f"rouge: rouge-score reads the letters a-z only, and {len(lost)} of {len(written)} references "
             f"have none, such as {lost[0][:40]!r}",
-            hint="--language zh takes Chinese by characters; for other scripts use chrf",
+            hint="use chrf, which reads all scripts; evaluate --language zh takes Chinese by characters",
         )
