@@ -231,6 +231,18 @@ def test_a_cell_that_trains_nothing_runs_once_for_all_seeds_and_numbers_of_rows(
     assert [(row["method"], row["train_rows"]) for row in rows] == [("base", 4), ("base", 8)]
 
 
+def test_a_metric_that_gives_other_keys_for_each_seed_is_the_mean_of_those_that_have_it(
+    measured: Measured,
+) -> None:
+    cells = [
+        {**measured.cells["base"], "metrics": metrics} for metrics in ({"f.a": 1.0}, {"f.a": 3.0, "f.b": 5.0})
+    ]
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("base",)})
+    (row,) = result_rows(plan, cells)
+    assert {name: found["mean"] for name, found in row["metrics"].items()} == {"f.a": 2.0, "f.b": 5.0}
+    assert [column.text(row) for column in columns_of([row])][-3:-1] == ["2.00 ± 1.41", "5.00 (1 of 2 seeds)"]
+
+
 def test_methods_whose_names_look_alike_in_a_file_name_have_cells_of_their_own() -> None:
     def names(*methods: str, **settings: Any) -> list[str]:
         tables = settings or {name: {"of": "lora"} for name in methods}

@@ -40,6 +40,8 @@ def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> 
     whole = {
         name: round(value) for name, value in means.items() if name.endswith("bytes") and value is not None
     }
+    # a metric of the user's own may give a key for some seeds only: the mean is over these
+    metrics = {name: None for cell in cells for name in cell["metrics"]}
     return {
         "method": method,
         "train_rows": count,
@@ -48,9 +50,13 @@ def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> 
         **means,
         **whole,
         "dev_loss_std": spread([cell["dev_loss"] for cell in cells])["std"],
-        "metrics": {name: spread([cell["metrics"][name] for cell in cells]) for name in cells[0]["metrics"]},
+        "metrics": {name: _metric([cell["metrics"].get(name) for cell in cells]) for name in metrics},
         "forgetting": spread([cell["forgetting"] for cell in cells]),
     }
+
+
+def _metric(values: Sequence[float | None]) -> dict[str, Any]:
+    return {**spread(values), "seeds": sum(value is not None for value in values)}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:

@@ -45,7 +45,9 @@ def _metric(name: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         found = row["metrics"].get(name) or {"mean": None, "std": None}
         digits = 2 if abs(found["mean"] or 0) > 1.5 else 4  # of 100, or of 1
-        return _spread(found["mean"], found["std"], digits, row)
+        seeds = found.get("seeds", row["seeds"])  # an earlier version wrote none
+        shown = _spread(found["mean"], found["std"], digits, {"seeds": seeds})
+        return shown if seeds in (0, row["seeds"]) else f"{shown} ({seeds} of {row['seeds']} seeds)"
 
     return text
 
