@@ -516,6 +516,11 @@ WRONG: dict[str, tuple[Callable[[Path], list[Any]], str, int]] = {
         "has 256 positions",
         1,
     ),
+    "a text that leaves room for its answers but not for those whose speed is measured": (
+        lambda place: ["--text", written(place, "long.txt", "diet " * 68)],
+        "has 256 positions",
+        1,
+    ),
     "a long prefix": (
         lambda place: ["--length", 4000],
         "a prefix of 4000 was asked for hint: a prefix of",

@@ -29,8 +29,8 @@ from prefixtune.prefix import PrefixKV
 from prefixtune.progress import progress_bar
 
 __all__ = [
-    *("NO_TEXT", "PREFIX", "Closeness", "Contestant", "Speed", "closeness", "compare", "greedy_answers"),
-    *("measure_speed", "ways_without"),
+    *("NO_TEXT", "PREFIX", "TIMED_TOKENS", "Closeness", "Contestant", "Speed", "closeness", "compare"),
+    *("greedy_answers", "measure_speed", "ways_without"),
 ]
 
 TEACHER, PREFIX, NO_TEXT = "text in the context", "prefix", "no text"

@@ -16,6 +16,7 @@ from prefixtune.data import Example, default_template, fix_date
 from prefixtune.distill.comparison import (
     NO_TEXT,
     PREFIX,
+    TIMED_TOKENS,
     Contestant,
     compare,
     greedy_answers,
@@ -204,7 +205,7 @@ def _gather(
     kept: Path | None,
 ) -> _Material:
     """Questions, the teacher's answers and its hidden states; `kept` is the folder that has the former."""
-    check_positions_left(base, context, needed=settings.max_new_tokens + 1)
+    check_positions_left(base, context, needed=1 + _answer_tokens(settings))
     kv = context.kv(base.model)
     if kept is not None:
         answered = read_answered(kept)
@@ -248,8 +249,13 @@ def _questions(
     note(", ".join(f"{len(parts[part])} questions to {_PURPOSE[part]}" for part in PARTS))
     texts = [question.text for part in PARTS for question in parts[part]]
     longest = max(map(len, context.prompts(texts, base.tokenizer)))
-    check_positions_left(base, context, needed=longest + settings.max_new_tokens)
+    check_positions_left(base, context, needed=longest + _answer_tokens(settings))
     return parts
+
+
+def _answer_tokens(settings: DistillConfig) -> int:
+    """Of the longest answer: the speed's is as long as it is, whatever the others are."""
+    return max(settings.max_new_tokens, TIMED_TOKENS)
 
 
 _PURPOSE = {"train": "train on", "watch": "watch the training", "heldout": "compare"}
