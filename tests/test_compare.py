@@ -464,6 +464,17 @@ def test_rows_that_cannot_be_read_are_told_with_their_file(folder: Folder, tmp_p
     assert "Traceback" not in result.stderr
 
 
+def test_rows_that_are_dropped_do_not_count_among_the_rows_to_train_on(model: Path, tmp_path: Path) -> None:
+    rows = json.loads((model.parent / "rows.json").read_text(encoding="utf-8"))
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{**row, "output": None} if n % 2 else row for n, row in enumerate(rows)]))
+    sources = {"train": str(file), "eval": str(model.parent / "rows.json"), "train_rows": [6, 12]}
+    values = {"model": str(model), "forgetting": False, **sources}
+    plan = plan_of(values, data={"on_no_target": "drop"})
+    with pytest.raises(DataError, match="expected 12 rows with a target; of the first 12 there are 6"):
+        make_rows(plan)
+
+
 def test_report_makes_the_page_again_from_the_folder(folder: Folder) -> None:
     pytest.importorskip("matplotlib")
     page = folder.path / "out" / "report.md"

@@ -48,6 +48,12 @@ def make_rows(plan: Plan) -> Rows:
         raise DataError(f"{config.model} has no tokenizer, so rows of text cannot be read")
     train, report = build_examples(read, base.tokenizer, plan.data)
     note(f"training rows: {report.summary()}")
+    if config.train_rows and len(train) < max(config.train_rows):
+        raise DataError(
+            f"{config.train}: expected {max(config.train_rows):,} rows with a target; of the first "
+            f"{len(read):,} there are {len(train):,}",
+            hint="take the others out of the file, or ask for fewer train_rows",
+        )
     questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows)
     examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
     note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
