@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -328,9 +329,29 @@ def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path
     assert (big.of, big.peer.rank, big.peer.learning_rate) == ("lora", 64, METHODS["lora"].peer.learning_rate)
 
 
+def test_tables_say_the_same_in_any_order() -> None:
+    tables = {
+        "mine": {"of": "ours", "retain": 0.0},
+        "ours": {"of": "prefix", "length": 9},
+        "prefix": {"max_grad_norm": 0.5},
+    }
+    for names in permutations(tables):
+        settings = {name: tables[name] for name in names}
+        plan = plan_of({"train": "t", "eval": "e", "methods": tuple(tables)}, settings=settings)
+        assert [dict(method.options) for method in plan.methods] == [
+            {"max_grad_norm": 0.5, "length": 9, "retain": 0.0},
+            {"max_grad_norm": 0.5, "length": 9},
+            {"max_grad_norm": 0.5},
+        ]
+
+
 @pytest.mark.parametrize(
     ("values", "settings", "words"),
     [
+        ({"methods": ("a",)}, {"a": {"of": "b"}, "b": {"of": "a"}}, "a of b of a"),
+        ({"methods": ("a",)}, {"a": {"of": "loar"}}, "did you mean lora"),
+        ({"methods": ("a",)}, {"a": {"of": ["lora"]}}, "of: expected the name"),
+        ({"methods": ("a",)}, {"a": {"rank": 3}}, "there is no method 'a'"),
         ({"methods": ("loar",)}, {}, "did you mean lora"),
         ({"methods": ("lora", "lora")}, {}, "named twice"),
         ({"methods": ("lora",)}, {"lora": {"ranks": 3}}, "no setting ranks"),

@@ -170,18 +170,13 @@ METHODS: dict[str, Method] = {
 def methods_of(names: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]]) -> tuple[Method, ...]:
     """The methods by name, with the changes of a [settings.NAME] table each.
 
-    A table with an `of` makes a method of its own: it starts from the settings of the method that it names.
+    A table with an `of` makes a method of its own: it starts from the settings of the method that it names,
+    whichever of the two tables comes first.
 
     Raises:
         ConfigError: there is no such method or setting, or one is named twice.
     """
-    known = dict(METHODS)
-    for name, table in changes.items():
-        values = dict(table)
-        start = values.pop("of", name)
-        if not isinstance(start, str) or start not in known:
-            raise _unknown(str(start), known)
-        known[name] = Method(name=name, of=known[start].of, options={**known[start].options, **values})
+    known = {**METHODS, **{name: _changed(name, changes) for name in changes}}
     found = []
     for name in names:
         if name not in known:
@@ -192,7 +187,24 @@ def methods_of(names: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]])
     return tuple(found)
 
 
-def _unknown(name: str, known: Mapping[str, Method]) -> ConfigError:
+def _changed(name: str, changes: Mapping[str, Mapping[str, Any]], after: tuple[str, ...] = ()) -> Method:
+    """The method with its table's changes to what it starts from; `after` are those that start from it."""
+    if name in after:
+        raise ConfigError(f"settings: {' of '.join([*after, name])}: a method cannot start from itself")
+    values = dict(changes.get(name, {}))
+    start = values.pop("of", name)
+    if not isinstance(start, str):
+        raise ConfigError(f"{name}: of: expected the name of a method; got {start!r}")
+    if start != name and start in changes:
+        method = _changed(start, changes, (*after, name))
+    elif start in METHODS:
+        method = METHODS[start]
+    else:
+        raise _unknown(start, {**METHODS, **changes})
+    return Method(name=name, of=method.of, options={**method.options, **values})
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
     return ConfigError(f"methods: there is no method {name!r}", hint=hint)
