@@ -357,6 +357,7 @@ def test_tables_say_the_same_in_any_order() -> None:
         ({"methods": ("lora",)}, {"lora": {"ranks": 3}}, "no setting ranks"),
         ({"methods": ("full",)}, {"full": {"rank": 3}}, "no setting rank"),
         ({"methods": ("prefix",)}, {"prefix": {"seed": 3}}, "no setting seed"),
+        ({"methods": ("prefix",)}, {"prefix": {"packing": False}}, "decides that for all methods"),
         ({"methods": ("lora",)}, {"lora": {"rank": -1}}, "rank: expected more than 0"),
         ({"train_rows": 0}, {}, "train_rows"),
         ({"max_new_tokens": -1}, {}, "max_new_tokens: expected more than 0"),

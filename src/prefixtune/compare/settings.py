@@ -23,6 +23,7 @@ KINDS = (*UNTRAINED, *PEERS, "prefix")
 COMMON = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("seed", "dtype", "quantize", "logging_steps", "eval_steps", "save_steps", "report_to"),
+    "packing",  # rows that are not packed come in another order than the other methods'
 }
 
 
@@ -92,10 +93,11 @@ class Method:
         known = self._known()
         unknown = sorted(set(self.options) - known)
         if unknown:
-            raise ConfigError(
-                f"{self.name}: {self.of} has no setting {', '.join(unknown)}",
-                hint=f"it has {', '.join(sorted(known))}" if known else "it trains nothing",
-            )
+            shared = sorted(COMMON.intersection(unknown))
+            hint = f"it has {', '.join(sorted(known))}" if known else "it trains nothing"
+            if shared:
+                hint = f"{', '.join(shared)}: a comparison decides that for all methods alike"
+            raise ConfigError(f"{self.name}: {self.of} has no setting {', '.join(unknown)}", hint=hint)
         if self.of == "prefix":
             PrefixConfig(**{"init": "random", **self.prefix_options})
             TrainConfig(**self.train_options)
