@@ -346,6 +346,24 @@ def test_tables_say_the_same_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("output = 5", "x.toml: output: expected the name of a folder; got 5"),
+        ("[data]\nfield = 'input=mr'", "unknown option field hint: the options are"),
+        ("methods = 5", "methods: expected names; got 5"),
+        ("methods = {lora = 1}", "methods: expected names; got {'lora': 1}"),
+        ("train_rows = 5.5", "train_rows: expected whole numbers above 0; got 5.5"),
+        ("train_rows = true", "train_rows: expected whole numbers above 0; got (True,)"),
+    ],
+)
+def test_a_slip_in_the_file_is_told_as_the_users(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(f"train = 't'\neval = 'e'\n{line}\n", encoding="utf-8")
+    result = invoke("compare", tmp_path / "x.toml")
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("values", "settings", "words"),
     [
         ({"methods": ("a",)}, {"a": {"of": "b"}, "b": {"of": "a"}}, "a of b of a"),

@@ -53,14 +53,16 @@ class CompareConfig(_Config):
 
     def check(self) -> None:
         for name in ("methods", "metrics"):
-            if any(not isinstance(value, str) or not value for value in getattr(self, name)):
-                raise ConfigError(f"{name}: expected names; got {getattr(self, name)!r}")
+            names = getattr(self, name)
+            if not isinstance(names, tuple) or any(not isinstance(one, str) or not one for one in names):
+                raise ConfigError(f"{name}: expected names; got {names!r}")
         if not self.methods:
             raise ConfigError("methods: expected one at least")
-        if any(not isinstance(rows, int) or rows <= 0 for rows in self.train_rows):
+        counts = self.train_rows
+        if not isinstance(counts, tuple) or any(type(rows) is not int or rows <= 0 for rows in counts):
             raise ConfigError(f"train_rows: expected whole numbers above 0; got {self.train_rows!r}")
-        counts = ("eval_rows", "seeds", "max_steps", "per_device_train_batch_size", "max_new_tokens")
-        for name in (*counts, "num_train_epochs"):
+        numbers = ("eval_rows", "seeds", "max_steps", "per_device_train_batch_size", "max_new_tokens")
+        for name in (*numbers, "num_train_epochs"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}: expected more than 0; got {value}")
@@ -223,6 +225,8 @@ def read_file(path: Path) -> dict[str, Any]:
     for name in ("data", "settings"):
         if not isinstance(table.get(name, {}), dict):
             raise ConfigError(f"{path}: {name}: expected a table [{name}]")
+    if not isinstance(table.get("output", ""), str):
+        raise ConfigError(f"{path}: output: expected the name of a folder; got {table['output']!r}")
     return table
 
 
@@ -246,7 +250,7 @@ def plan_of(
         if not isinstance(table, Mapping):
             raise ConfigError(f"settings: expected a table [settings.{name}]; got {table!r}")
     methods = methods_of(config.methods, changes)
-    plan = Plan(config=config, data=DataConfig(**(data or {})), methods=methods, changes=changes)
+    plan = Plan(config=config, data=DataConfig.from_dict(data or {}), methods=methods, changes=changes)
     _check_names(plan.cells)
     return plan
 
