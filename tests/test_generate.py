@@ -108,7 +108,9 @@ def test_greedy_is_greedy_whatever_the_models_generation_config_says() -> None:
 def test_answer_ends_where_the_chat_template_closes_a_turn(template: str, closing: str | None) -> None:
     tokenizer = byte_tokenizer(chat_template=template)
     ends = {tokenizer.eos_token, *([closing] if closing else [])}
-    assert set(tokenizer.convert_ids_to_tokens(ending(bare(), tokenizer)["eos_token_id"])) == ends
+    found = ending(bare(), tokenizer, "chat")["eos_token_id"]
+    assert set(tokenizer.convert_ids_to_tokens(found)) == ends
+    assert ending(bare(), tokenizer)["eos_token_id"] == [tokenizer.eos_token_id]  # of a plain text
 
 
 def test_padding_token_that_the_model_has_no_embedding_for_is_not_used() -> None:

@@ -69,6 +69,20 @@ def test_missing_tensors_are_refused_not_filled_with_random_numbers(folder: Path
     assert "model.layers.1.self_attn.k_proj.weight" in refused(folder).message
 
 
+def test_tensors_that_the_config_has_no_place_for_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_base(str(folder))
+    assert "no place" not in capsys.readouterr().err
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_base(str(folder))
+    told = capsys.readouterr().err
+    assert "1 of its tensors" in told
+    assert "q_proj.bias" in told
+
+
 def test_weights_of_another_shape_are_refused_by_name_and_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 56}))

@@ -173,6 +173,15 @@ def test_evaluation_counts_where_its_pass_is_the_larger(monkeypatch: pytest.Monk
     assert measure_step(small(), short).total == plain
 
 
+def test_neutral_text_counts_where_the_rows_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = (setup(lengths=(n,), neutral_lengths=(64, 64)) for n in (30, 256))
+    assert measure_step(small(), short).total > measure_step(small(), setup(lengths=(30,))).total
+    plain = measure_step(small(), setup(lengths=(256,)))
+    assert measure_step(small(), long).total == plain.total
+    monkeypatch.setattr(Setup, "neutral_text_may_take_more", True)  # what is left out takes no more indeed
+    assert measure_step(small(), long).total <= plain.total + plain.gradients
+
+
 def test_accumulation_keeps_gradients_beside_the_activations() -> None:
     projected = PrefixConfig(length=10, projection=True, hidden_size=512)
     one, two = (measure_step(small(), setup(prefix=projected, passes=n)) for n in (1, 2))
@@ -199,13 +208,16 @@ def test_every_family_is_measured_without_weights(family: str) -> None:
     assert checkpointed.total <= plain.total
 
 
-def test_measured_step_is_what_the_same_step_on_real_tensors_allocates() -> None:
+@pytest.mark.parametrize(
+    "lengths", [{"lengths": (40, 40, 39)}, {"lengths": (9,), "neutral_lengths": (64, 64)}]
+)
+def test_measured_step_is_what_the_same_step_on_real_tensors_allocates(lengths: dict[str, Any]) -> None:
     """Of the same code, with weights: storages counted alike, kernels' own buffers left out."""
     from prefixtune import PrefixModel
     from prefixtune.memory.step import training_step
 
     base = tiny_model("llama", num_hidden_layers=3)
-    plan = setup(lengths=(40, 40, 39), longest=40)
+    plan = setup(**lengths, longest=40)
     predicted = measure_step(meta_model(base.config), plan)
     model = PrefixModel(base, plan.prefix).train()
     seen = _RealBytes()

@@ -506,6 +506,8 @@ def test_file_and_set_and_options_are_the_same_run(place: Path, tmp_path: Path) 
     for name, more in runs.items():
         succeed(*options(place, tmp_path / name, *more))
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in runs]
+    dates = {record["asked"].pop("date") for record in records}
+    assert len(dates) == 3
     assert records[0] == records[1] == records[2]
     asked = records[0]["asked"]
     recorded = {**asked["prefix"], **asked["data_config"], **asked["train_config"]}

@@ -75,6 +75,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    template: str | None = None,
     batch_size: int = 8,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -86,6 +87,7 @@ def generate_batch(
     Args:
         model: a PrefixModel, or a bare base model.
         prompts: token ids; no prompt may be empty.
+        template: what made them: an answer to a chat ends where the chat template closes a turn.
         temperature: 0 takes the most probable token, more samples from a flatter distribution.
         top_p: sample from the most probable tokens that share this much probability (Holtzman et al. 2020).
         seed: makes sampling repeatable; torch's own random state is left as it was.
@@ -103,6 +105,7 @@ def generate_batch(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             settings=settings,
+            template=template,
             progress=progress,
         )
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -116,13 +119,14 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     settings: Mapping[str, Any],
+    template: str | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
     """`generate_batch` with options of `model.generate`: each prompt's new ids before its end token."""
     _check(prompts, max_new_tokens=max_new_tokens)
     check_ids(model, prompts)
     check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
-    settings = {**settings, **ending(model, tokenizer), "max_new_tokens": max_new_tokens}
+    settings = {**settings, **ending(model, tokenizer, template), "max_new_tokens": max_new_tokens}
     ends = set(settings["eos_token_id"] or ())
     # of similar length together: less padding; the longest first, so that a batch too large fails at once
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -152,12 +156,13 @@ def sampling(*, temperature: float, top_p: float) -> dict[str, Any]:
     return {**PLAIN, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
-def ending(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Options of `model.generate`: the end tokens of the model, of the tokenizer and of its chat template's
-    turns, and a padding token that has an embedding."""
+def ending(model: Any, tokenizer: Any, template: str | None = None) -> dict[str, Any]:
+    """Options of `model.generate`: the end tokens of the model, of the tokenizer and, where the prompts are
+    chats, of the chat template's turns, and a padding token that has an embedding."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
-    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, _turn_end(tokenizer)}
+    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    known |= {_turn_end(tokenizer)} if template == "chat" else set()
     ids = sorted(token for token in known if token is not None)
     embedded = model.get_input_embeddings().weight.shape[0]  # a [PAD] may be in the tokenizer alone
     usable = (token for token in (tokenizer.pad_token_id, *ids) if token is not None and token < embedded)
@@ -166,8 +171,6 @@ def ending(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _turn_end(tokenizer: Any) -> int | None:
     """What a chat's target ends with: tokenizers of base models often have another token as their EOS."""
-    if not tokenizer.chat_template:
-        return None
     row = Row(values={"messages": _messages("a", "b")}, origin="probe")
     try:
         (example,), _ = build_examples([row], tokenizer, DataConfig(template="chat", max_length=sys.maxsize))

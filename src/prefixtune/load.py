@@ -100,11 +100,13 @@ def load_base(
     precision, reason = choose_dtype(dtype, place)
     source = _copied(source)
     with _quiet(f"loading {name} …", downloads=source.on_hub):
-        model = _read_model(source, precision, as_stored=quantize is not None)
+        model, unread = _read_model(source, precision, as_stored=quantize is not None)
         tokenizer = _read_tokenizer(source) if _has_tokenizer(source) else None
         if quantize is not None:
             quantize_base(model, quantize).to(precision)
             reason += f"; its linear layers in {quantize}"
+    if unread:  # transformers leaves them out without a word
+        note(f"{name}: its config.json has no place for {len(unread)} of its tensors, such as {unread[0]}")
     model.to(place)
     return LoadedBase(
         model=model,
@@ -202,7 +204,7 @@ def _copied(source: _Source) -> _Source:
     folder = demo_copy(Path(source.path, source.gguf_file))
     try:
         with new_demo_copy(folder) as half, _quiet(f"demo: dequantising it, this once, into {folder} …"):
-            _read_model(source, torch.float32).save_pretrained(half)
+            _read_model(source, torch.float32)[0].save_pretrained(half)
             _read_tokenizer(source).save_pretrained(half)
     except (OSError, SafetensorError) as error:
         note(f"demo: no copy that loads faster can be kept: {error}; {CACHE_VARIABLE} names another folder")
@@ -287,7 +289,8 @@ def _read_config(source: _Source) -> Any:
     return config
 
 
-def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False) -> Any:
+def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False) -> tuple[Any, list[str]]:
+    """The model, and the names of what its files hold beside it."""
     from transformers import AutoModelForCausalLM
 
     # a .gguf file states its configuration slowly: transformers reads it itself, and checks come afterwards
@@ -305,7 +308,7 @@ def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False)
     if source.gguf_file:
         _forget_quantization(model)
     model.config._name_or_path = source.name  # by which it can be found again
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 def _cap_scores(model: Any) -> None:
@@ -337,11 +340,8 @@ def _check_complete(source: _Source, report: dict[str, Any]) -> None:
 
 def _forget_quantization(model: Any) -> None:
     """The weights were dequantised while loading; what still says otherwise makes save_pretrained refuse."""
-    for holder, name in (
-        (model.config, "quantization_config"),
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-    ):
+    parts = ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method"))
+    for holder, name in parts:
         if hasattr(holder, name):
             delattr(holder, name)
     model.is_quantized = False

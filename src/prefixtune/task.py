@@ -156,6 +156,7 @@ class Task:
             self.tokenizer,
             [one.prompt.input_ids for one in self.inputs],
             max_new_tokens=self.max_new_tokens or max(lengths) + SPARE_TOKENS,
+            template=self.data_config.template,
             batch_size=self.batch_size,
             progress=progress,
         )

@@ -76,6 +76,7 @@ def generate(
         loaded.tokenizer,
         [prompt.input_ids for prompt in asked],
         max_new_tokens=max_new_tokens,
+        template=config.template,
         batch_size=batch_size,
         temperature=temperature,
         top_p=top_p,

@@ -85,7 +85,7 @@ class Session:
             check_positions(model, len(asked) + self._settings["max_new_tokens"])
             ids = torch.tensor([asked], device=model.device)
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            options = self._settings | ending(model, tokenizer)
+            options = self._settings | ending(model, tokenizer, self._form())
             with torch.no_grad():
                 written = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options

@@ -305,7 +305,14 @@ def _answers(
 ) -> Scores:
     asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
     limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
-    answers = generate_batch(contender.model, tokenizer, asked, max_new_tokens=limit, batch_size=BATCH)
+    answers = generate_batch(
+        contender.model,
+        tokenizer,
+        asked,
+        max_new_tokens=limit,
+        template=plan.data.template,
+        batch_size=BATCH,
+    )
     lines = [
         json.dumps(
             {"prompt": question.text, "references": question.references, "prediction": answer},

@@ -218,6 +218,7 @@ def greedy_answers(
     kv: PrefixKV | None,
     *,
     max_new_tokens: int,
+    template: str,
     batch_size: int,
     progress: str,
 ) -> list[str]:
@@ -231,6 +232,7 @@ def greedy_answers(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             settings=sampling(temperature=0.0, top_p=1.0),
+            template=template,
             progress=progress,
         )
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]

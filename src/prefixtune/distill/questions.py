@@ -109,6 +109,7 @@ def write_questions(
                 max_new_tokens=TOKENS,
                 batch_size=batch_size,
                 settings=settings,
+                template="chat" if chat else None,
                 progress="writing questions",
             )
             for opening, ids in zip(openings, answers, strict=True):

@@ -295,6 +295,7 @@ def _compared(
             prompts,
             kv,
             max_new_tokens=settings.max_new_tokens,
+            template=context.template,
             batch_size=settings.batch_size,
             progress=f"answers: {name}",
         )

@@ -85,6 +85,7 @@ def answer(
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             settings=sampling(temperature=config.temperature, top_p=1.0),
+            template=context.template,
             progress="the teacher answers",
         )
     served = prompts_of(questions, tokenizer, context.template)

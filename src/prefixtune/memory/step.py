@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Setup:
         quantize: the scheme that the base's linear weights are held in.
         eval_lengths: the same of an evaluation's largest pass; empty without one.
         aims: the rows aim at a teacher's distribution, whose logits are made beside the model's.
+        neutral_lengths: tokens of each neutral text of a step, which aims at the bare model's distribution.
     """
 
     prefix: PrefixConfig
@@ -53,6 +54,7 @@ class Setup:
     quantize: str | None = None
     eval_lengths: tuple[int, ...] = ()
     aims: bool = False
+    neutral_lengths: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -65,6 +67,11 @@ class Setup:
         if not self.eval_lengths:
             return False
         return self._tokens(self.eval_lengths) > self.tokens or max(self.eval_lengths) > max(self.lengths)
+
+    @property
+    def neutral_text_may_take_more(self) -> bool:
+        """It has two vocabularies of logits, and activations as any pass."""
+        return bool(self.neutral_lengths) and self._tokens(self.neutral_lengths) * 2 > self.tokens
 
     def _tokens(self, lengths: tuple[int, ...]) -> int:
         return sum(lengths) if self.packing else len(lengths) * max(lengths)
@@ -103,10 +110,20 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
     for leaf in leaves if setup.passes > 1 else ():
         if leaf.requires_grad:
             leaf.grad = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    if setup.neutral_text_may_take_more:
+        _neutral_step(model, setup, pairs)
     with _passes(model, setup).loss(rows, pairs) as loss:
         (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
     trained = [(tensor, leaf.grad) for tensor, leaf in zip(made, leaves, strict=True) if tensor.requires_grad]
     torch.autograd.backward([tensor for tensor, _ in trained], [gradient for _, gradient in trained])
+
+
+def _neutral_step(model: PrefixModel, setup: Setup, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """The pass of a step's neutral text, which comes first."""
+    setup = replace(setup, lengths=setup.neutral_lengths, target_share=1.0, aims=True)
+    rows = rows_of(setup.lengths, setup, width=model.geometry.hidden_size)
+    with _passes(model, setup).loss(rows, pairs) as divergence:
+        divergence.backward()  # type: ignore[no-untyped-call]
 
 
 def evaluation_step(model: PrefixModel, setup: Setup) -> None:

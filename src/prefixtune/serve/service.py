@@ -61,7 +61,9 @@ class Service:
         self._rows = config.rows
         self.engine = self._checked_engine(model)
         self.prompts = Prompts(tokenizer)
-        self._ends = frozenset(ending(model, tokenizer)["eos_token_id"] or ())
+        self._ends, self._chat_ends = (
+            frozenset(ending(model, tokenizer, template)["eos_token_id"] or ()) for template in (None, "chat")
+        )
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         limits = (most_positions(model), config.max_length)
         self.max_length = min((limit for limit in limits if limit is not None), default=config.cached_tokens)
@@ -176,6 +178,8 @@ class Service:
     ) -> tuple[Asked, Shape, Served | None]:
         if request.stream_options is not None and not request.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+        trained = served.template if served else None
+        form = self.prompts.template(trained) if isinstance(request, ChatRequest) else trained
         count = request.n or 1
         max_tokens = self._room(prompts, served, count, wanted=wanted, default=default)
         temperature = 1.0 if request.temperature is None else request.temperature
@@ -195,7 +199,7 @@ class Service:
             prefix=served.kv if served else None,
             samplings=samplings,
             max_tokens=max_tokens,
-            ends=self._ends,
+            ends=self._chat_ends if form == "chat" else self._ends,
             stops=request.stops(),
             timeout=self.config.timeout,
         )

@@ -27,6 +27,7 @@ from prefixtune.memory import (
 )
 from prefixtune.model import PrefixModel
 from prefixtune.train.defaults import AUTO, length_for, planned_steps
+from prefixtune.train.retention import PER_STEP, TOKENS
 from prefixtune.train.trainer import LengthGroupedSampler
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
@@ -74,6 +75,7 @@ def setup_of(
         device=device,
         eval_lengths=tuple(eval_lengths[row] for row in eval_largest),
         aims=examples[0].aims is not None,
+        neutral_lengths=(TOKENS,) * PER_STEP if config.retain else (),
     )
 
 
