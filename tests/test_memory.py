@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -283,6 +284,10 @@ def test_estimated_pass_is_the_largest_that_the_trainer_runs(
     assert setup.tokens == size(setup.lengths)
     assert setup.target_share == pytest.approx(2 * len(setup.lengths) / sum(setup.lengths))
     assert setup.passes == 2  # of an optimizer step
+    assert setup.neutral_lengths == ()
+    retaining = dataclasses.replace(config, retain=0.1)
+    place: dict[str, Any] = {"packing": packing, "dtype": torch.float32, "device": "cpu"}
+    assert setup_of(retaining, PrefixConfig(**options), examples, **place).neutral_lengths == (64, 64)
 
 
 def test_advice_holds_what_it_says() -> None:
