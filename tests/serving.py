@@ -99,7 +99,8 @@ def client_of(
         prefix_dir=prefix_dir,
         log=Log(stream),
     )
-    service._ends = frozenset() if endless else service._ends
+    if endless:
+        service._ends = service._chat_ends = frozenset()
     app = build_app(service, **(keys or {}))
     with TestClient(app, raise_server_exceptions=raises) as client:
         client.service = service
@@ -134,7 +135,8 @@ def live(base: Any, **options: Any) -> Iterator[Any]:
         log=Log(stream),
         **places,
     )
-    service._ends = frozenset() if endless else service._ends
+    if endless:
+        service._ends = service._chat_ends = frozenset()
     server = uvicorn.Server(uvicorn.Config(build_app(service, **keys), port=0, log_config=None, ws="none"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)

@@ -531,6 +531,23 @@ def test_own_metric_is_found_in_the_working_folder(
     assert found["metrics"]["my_own:longest"] >= longest > 0
 
 
+@pytest.mark.parametrize("template", ["chat", "human"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "chat"])
+def test_answers_to_chats_alone_end_where_the_template_closes_a_turn(
+    base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, command: str, template: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("prefixtune.generate._turn_end", lambda tokenizer: asked.append(tokenizer))
+    line = [command, "--model", base, "--template", template, "--max-new-tokens", 2]
+    more = {
+        "generate": ["--prompt", "x"],
+        "evaluate": ["--data", rows, "--metric", "exact_match"],
+        "chat": [],
+    }
+    succeed(*line, *more[command], stdin="x\n" if command == "chat" else None)
+    assert bool(asked) == (template == "chat")
+
+
 # --- chat --------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from families import tiny_model
 from prefixtune.demo import CACHE_VARIABLE, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
-from prefixtune.load import empty_model, load_base, load_tokenizer
+from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.storage import Fingerprint
 from tokenizers_for_tests import byte_tokenizer
 
@@ -176,6 +176,12 @@ def test_loading_leaves_transformers_as_loud_as_it_was(
     out, err = capfd.readouterr()
     assert out == ""
     assert "Loading weights" not in err
+
+
+def test_weight_files_are_those_that_are_loaded(folder: Path) -> None:
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert weight_files(str(folder)) == [folder / "model.safetensors"]
+    load_base(str(folder))
 
 
 def test_empty_model_has_the_parameters_and_no_weights(folder: Path) -> None:

@@ -359,6 +359,27 @@ def test_answer_that_the_tokenizer_cannot_read_is_a_500_and_not_silence(base: An
         eventually(lambda: server.service.engine.active == 0)
 
 
+def test_chat_ends_where_its_template_closes_a_turn_and_a_plain_text_does_not() -> None:
+    says = served_base()
+    head = torch.nn.Linear(says.config.hidden_size, says.config.vocab_size)
+    closing = TOKENIZER.convert_tokens_to_ids("<|im_end|>")  # its EOS is another
+    assert closing != END
+    head.weight.data.zero_()
+    head.bias.data.zero_()[closing] = 1
+    says.lm_head = head.requires_grad_(False)
+    asked = {"model": NAME, "max_tokens": 4, "temperature": 0}
+    with client_of(says) as client:
+        chat = client.post(
+            "/v1/chat/completions", json=asked | {"messages": [{"role": "user", "content": "x"}]}
+        )
+        plain = client.post("/v1/completions", json=asked | {"prompt": "x"})
+    found = [
+        (one.json()["choices"][0]["finish_reason"], one.json()["usage"]["completion_tokens"])
+        for one in (chat, plain)
+    ]
+    assert found == [("stop", 0), ("length", 4)]
+
+
 def test_tokens_that_the_tokenizer_does_not_know_are_never_chosen() -> None:
     tokenizer = slow_tokenizer()
     count = len(tokenizer)

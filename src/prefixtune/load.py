@@ -165,7 +165,7 @@ def weight_files(name: str) -> list[Path]:
     source = _find(name)
     if source.on_hub:
         return []
-    pattern = source.gguf_file or "*.safetensors"
+    pattern = source.gguf_file or "model*.safetensors"  # a folder may hold consolidated.safetensors too
     return sorted(Path(source.path).glob(pattern))
 
 

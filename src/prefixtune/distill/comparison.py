@@ -218,7 +218,7 @@ def greedy_answers(
     kv: PrefixKV | None,
     *,
     max_new_tokens: int,
-    template: str,
+    template: str | None = None,
     batch_size: int,
     progress: str,
 ) -> list[str]:
