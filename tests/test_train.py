@@ -345,6 +345,18 @@ def test_folder_that_another_process_trains_in_is_left_alone(
     }
 
 
+def test_folder_that_cannot_be_locked_is_told_and_trained_in(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FileLock, **options: Any) -> None:
+        raise NotImplementedError("no flock on this file system")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    told = succeed(*options(place, tmp_path / "run", *SHORT_RUN)).stderr
+    assert "no lock is to be had here (no flock on this file system)" in told.replace("\n", " ")
+    assert (tmp_path / "run" / "prefix.json").is_file()
+
+
 def test_trainer_takes_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Several(TrainingArguments):
         def __post_init__(self) -> None:

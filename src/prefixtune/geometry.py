@@ -30,11 +30,9 @@ __all__ = [
     "text_config",
 ]
 
-SKETCH_TENSORS = (
-    6  # matrices of which the fingerprint has SKETCH_VALUES: the embedding, others over the depth
-)
-SKETCH_VALUES = 48
-SKETCH_OTHERS = 4  # values of each other matrix: a merged LoRA changes some kinds of layer alone
+# The fingerprint has 48 values from each of six matrices, the embedding and others over the depth, and 4 from
+# each other one: a merged LoRA changes some kinds of layer alone.
+SKETCH_TENSORS, SKETCH_VALUES, SKETCH_OTHERS = 6, 48, 4
 
 
 CAUSAL_FORM = "set is_decoder=True where the architecture has a causal form"
