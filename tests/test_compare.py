@@ -31,7 +31,7 @@ from prefixtune.load import load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
-from tokenizers_for_tests import byte_tokenizer
+from tokenizers_for_tests import CHATML, byte_tokenizer
 
 INPUTS, ROWS = 5, 16  # several rows have one input
 LENGTH = 7  # of the prefix: LoRA of rank 4 on queries and values has as many numbers, 448
@@ -151,6 +151,24 @@ def test_a_cell_that_runs_again_samples_its_own_neutral_text(model: Path, tmp_pa
         found.append(kept.read_text(encoding="utf-8"))
         kept.write_text("[[1, 2, 3, 4]]", encoding="utf-8")  # as another model's would be there
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("template", ["chat", "human"])
+def test_answers_to_chats_alone_end_where_the_template_closes_a_turn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("prefixtune.generate._turn_end", lambda tokenizer: asked.append(tokenizer))
+    copy = shutil.copytree(model, tmp_path / model.name)
+    byte_tokenizer(chat_template=CHATML).save_pretrained(copy)
+    rows = str(shutil.copy(model.parent / "rows.json", tmp_path))
+    wanted = {"model": str(copy), "train": rows, "eval": rows, "methods": ("base",), "metrics": ("bleu",)}
+    plan = plan_of(
+        {**wanted, "eval_rows": 3, "forgetting": False, "max_new_tokens": 2}, data={"template": template}
+    )
+    (tmp_path / "cell").mkdir()
+    run_cell(plan, plan.cells[0], make_rows(plan), tmp_path / "cell")
+    assert bool(asked) == (template == "chat")
 
 
 @pytest.mark.parametrize("of", ["lora", "prefix"])
