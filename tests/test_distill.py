@@ -358,6 +358,18 @@ def test_comparison_has_the_share_of_answers_that_are_the_teachers(done: tuple[P
         assert contestant(found, name)["exact_match"] == sum(same) / len(same)
 
 
+@pytest.mark.parametrize(("template", "ended"), [("chat", 4), ("human", 0)])
+def test_answers_to_chats_alone_end_where_the_template_closes_a_turn(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, ended: int
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("prefixtune.generate._turn_end", lambda tokenizer: asked.append(tokenizer))
+    succeed(*options(place, tmp_path / "run", "--template", template))
+    assert (
+        len(asked) == ended
+    )  # the teacher's, and at the end those with a prefix, with the text's first tokens, and without
+
+
 def test_prefix_of_the_run_is_served_with_its_template(done: tuple[Path, dict[str, Any]]) -> None:
     output, found = done
     sample = found["samples"][0]
