@@ -32,7 +32,8 @@ from prefixtune.data import Collator, Example, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
 from prefixtune.train import PrefixTrainer, default_start
-from prefixtune.train.trainer import KeepBest, LengthGroupedSampler, training_arguments
+from prefixtune.train.sampler import LengthGroupedSampler
+from prefixtune.train.trainer import KeepBest, training_arguments
 from tokenizers_for_tests import CHATML, byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
@@ -598,6 +599,27 @@ def test_prefix_starts_from_the_kv_of_the_text_that_is_given(place: Path, tmp_pa
     succeed(*options(place, tmp_path / "run", *STILL, "--init-text", "Answer with yes."))
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     assert_starts_from(tmp_path / "run", place, tokenizer("Answer with yes.")["input_ids"][:6])
+
+
+def test_run_of_one_step_trains(place: Path, tmp_path: Path) -> None:
+    """The first step of a warm-up has a rate of 0."""
+    options = [
+        "--model",
+        place / "model",
+        "--data",
+        place / "rows.jsonl",
+        "--length",
+        4,
+        "--init-text",
+        "Say yes.",
+    ]
+    succeed("train", *options, "--max-steps", 1, "--output", tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    model = PrefixModel.from_pretrained(base, tmp_path / "run")
+    start = PrefixModel(
+        base, PrefixConfig(length=4, init="text", init_text="Say yes."), tokenizer=byte_tokenizer()
+    )
+    assert not torch.equal(model.prefix.bake().layers[0].key, start.prefix.bake().layers[0].key)
 
 
 def test_random_start_differs_by_seed_and_is_no_kv_of_the_rows(place: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RowTokens:
-    """One row: token ids [T], and labels [T] with -100 where a token is no target; not shifted.
+    """One row: token ids [T], and labels [T] on the host, -100 where a token is no target; not shifted.
 
     Attributes:
         aims: what a teacher has at the places that predict the targets, from `Passes.aims`, [targets, d]: its
@@ -51,10 +51,10 @@ class RowTokens:
         Raises:
             DataError: a row's attention mask has a hole.
         """
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        mask = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0).cpu()
         aims = batch.get("aims") or [None] * len(mask)
         rows = []
-        for ids, labels, kept, aim in zip(batch["input_ids"], batch["labels"], mask, aims, strict=True):
+        for ids, labels, kept, aim in zip(batch["input_ids"], batch["labels"].cpu(), mask, aims, strict=True):
             places = kept.nonzero().flatten()
             if len(places) == 0 or int(places[-1] - places[0]) + 1 != len(places):
                 raise DataError("attention_mask: a row of a training batch is empty, or has a hole")

@@ -41,6 +41,7 @@ class PrefixModel(nn.Module):
     """
 
     main_input_name = "input_ids"
+    loss_type = "ForCausalLM"  # so that Trainer, when it counts targets, counts no label of a first token
     accepts_loss_kwargs = (
         True  # the base weighs the loss by num_items_in_batch, so Trainer must not scale it again
     )
@@ -135,6 +136,13 @@ class PrefixModel(nn.Module):
     @property
     def generation_config(self) -> Any:
         return getattr(self.base_model, "generation_config", None)
+
+    def _get_name(self) -> str:
+        """From it Trainer's label smoothing knows that labels are to be shifted."""
+        return type(self.base_model).__name__
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
+from prefixtune.loss import RowTokens
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
@@ -74,11 +77,11 @@ def tensors(model: PrefixModel) -> list[Tensor]:
 
 
 @torch.no_grad()
-def target_loss(model: PrefixModel) -> float:
+def target_loss(model: PrefixModel, examples: Sequence[Example] = ()) -> float:
     """Mean over all targets of all rows, one row at a time."""
     model.eval()
     scores, targets = [], []
-    for row in rows():
+    for row in examples or rows():
         scores.append(model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1])
         targets.append(torch.tensor(row.labels[1:]))
     model.train()
@@ -235,3 +238,70 @@ def test_projection_made_once_a_step_has_the_gradient_of_one_made_for_each_row(
     for mine, parameter in zip(found, model.prefix.parameters(), strict=True):
         assert torch.allclose(mine, parameter.grad, rtol=1e-4, atol=1e-6)
         assert parameter.grad.abs().max() > 0
+
+
+def whole_rows() -> list[Example]:
+    """The rows as one collates them for language modelling: their first token has a label too."""
+    return [replace(row, labels=row.input_ids) for row in rows()]
+
+
+@few_families
+@both_trainers
+def test_label_of_a_first_token_is_no_target(family: str, kind: str, tmp_path: Path) -> None:
+    model = fresh(family)
+    made = trainer(kind, model, tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=8)
+    made.train_dataset = whole_rows()
+    expected = target_loss(model, whole_rows())
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(expected, abs=5e-4)
+
+
+@few_families
+def test_label_smoothing_of_a_plain_trainer_shifts_the_labels(family: str, tmp_path: Path) -> None:
+    losses = []
+    for smoothing in (0.0, 1e-6):
+        run = trainer("plain", fresh(family), tmp_path, label_smoothing_factor=smoothing)
+        losses.append(run.evaluate(whole_rows()[:1])["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func"),
+        ({"compute_metrics": lambda _: {}}, "compute_metrics"),
+    ],
+)
+def test_what_would_have_no_effect_on_our_trainer_is_refused(
+    given: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    smoothing = {key: value for key, value in given.items() if key == "label_smoothing_factor"}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **smoothing)
+    own = {key: value for key, value in given.items() if key not in smoothing}
+    with pytest.raises(ConfigError, match=f"{name}: PrefixTrainer"):
+        PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
+
+
+def test_printed_model_is_a_prefix_model() -> None:
+    assert repr(fresh("llama")).startswith("PrefixModel(\n")
+
+
+def test_labels_are_on_the_host_wherever_the_batch_is() -> None:
+    """Trainer moves the whole batch to the GPU; tensors that refuse the company of others stand for it."""
+    batch = {name: tensor.as_subclass(Elsewhere) for name, tensor in Collator(0)(rows()).items()}
+    for row, example in zip(RowTokens.of_batch(batch), rows(), strict=True):
+        assert type(row.input_ids) is Elsewhere
+        assert type(row.labels) is Tensor
+        assert row.labels.tolist() == list(example.labels)
+
+
+class Elsewhere(Tensor):
+    """On another device than plain tensors."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [value for value in args if isinstance(value, Tensor) and type(value) is Tensor]
+        assert not plain, f"{func.__name__} of tensors on two devices"
+        found = super().__torch_function__(func, types, args, kwargs)
+        return found.as_subclass(Tensor) if func is Tensor.cpu else found

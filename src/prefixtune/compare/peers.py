@@ -7,7 +7,6 @@ precision.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,8 +24,9 @@ from prefixtune.errors import ConfigError
 from prefixtune.geometry import Geometry
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, group_rows
-from prefixtune.train import planned_epochs
-from prefixtune.train.trainer import LengthGroupedSampler, on_one_device
+from prefixtune.train import planned_epochs, warmup_steps_for
+from prefixtune.train.sampler import LengthGroupedSampler
+from prefixtune.train.trainer import on_one_device
 
 __all__ = ["PeerTrainer", "lora_config", "matmul_layers", "peer_model", "peer_trainer"]
 
@@ -197,7 +197,7 @@ def peer_trainer(
     batch = shared.per_device_train_batch_size
     packs = Passes.of(base.model, capacity=PASS_TOKENS, pad_token_id=pad_token_id).packing
     model = peer_model(of, base.model, settings, length=length, start=start)
-    warmup, epochs = math.ceil(settings.warmup_ratio * steps), planned_epochs(shared, len(examples))
+    warmup, epochs = warmup_steps_for(settings.warmup_ratio, steps), planned_epochs(shared, len(examples))
     return PeerTrainer(
         model=model,
         args=_arguments(settings, shared, output, epochs=epochs, warmup_steps=warmup),

@@ -1,7 +1,8 @@
 """Trains a prefix with transformers' Trainer, in a folder that can be resumed at any time.
 
 Reading order: `session` (from options to a finished run), `defaults` (what options leave open), `build` (its
-trainer), `trainer` (Trainer, its arguments, what happens at a step), `folder` (what is on disk).
+trainer), `trainer` (Trainer, its arguments, what happens at a step), `sampler` (the order of the rows),
+`folder` (what is on disk).
 Knows data and models by name only.
 """
 
@@ -13,6 +14,7 @@ from prefixtune.train.defaults import (
     default_start,
     planned_epochs,
     planned_steps,
+    warmup_steps_for,
 )
 from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
@@ -29,4 +31,5 @@ __all__ = [
     "train",
     "train_examples",
     "trainer_for",
+    "warmup_steps_for",
 ]

@@ -29,6 +29,7 @@ __all__ = [
     "planned_steps",
     "prefix_config_of",
     "resolve",
+    "warmup_steps_for",
 ]
 
 AUTO = "auto"
@@ -229,6 +230,11 @@ def planned_epochs(config: TrainConfig, rows: int) -> float:
     if steps >= MANY_STEPS:
         return 1.0
     return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
+
+
+def warmup_steps_for(ratio: float, steps: int) -> int:
+    """Steps over which the rate rises: not all, since the first of them has a rate of 0."""
+    return min(math.ceil(ratio * steps), steps - 1)
 
 
 def _steps_of_an_epoch(config: TrainConfig, rows: int) -> int:

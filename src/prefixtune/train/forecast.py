@@ -28,7 +28,7 @@ from prefixtune.memory import (
 from prefixtune.model import PrefixModel
 from prefixtune.train.defaults import AUTO, length_for, planned_steps
 from prefixtune.train.retention import PER_STEP, TOKENS
-from prefixtune.train.trainer import LengthGroupedSampler
+from prefixtune.train.sampler import LengthGroupedSampler
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
 

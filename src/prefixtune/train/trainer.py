@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prefixtune.config import TrainConfig
@@ -23,12 +22,12 @@ from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
+from prefixtune.train.defaults import warmup_steps_for
 from prefixtune.train.folder import METRICS, cut_metrics
 from prefixtune.train.retention import Retention
+from prefixtune.train.sampler import LengthGroupedSampler
 
-__all__ = ["KeepBest", "LengthGroupedSampler", "PrefixTrainer", "run", "training_arguments"]
-
-WINDOW = 8  # batches: short enough to keep the order random, long enough to bring similar lengths together
+__all__ = ["KeepBest", "PrefixTrainer", "run", "training_arguments"]
 
 
 class PrefixTrainer(Trainer):  # type: ignore[misc]
@@ -44,6 +43,9 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             rows are packed.
         retention: neutral text on which the base's distribution is aimed at, beside the rows.
         damping: of the steps of virtual tokens with most of the attention (`HeadwiseSoap`).
+
+    Raises:
+        ConfigError: a loss or metrics of one's own, or label smoothing, which only a plain Trainer has.
     """
 
     def __init__(
@@ -60,8 +62,21 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.step: _Step | None = None
         self.optimizer: Any = None
         super().__init__(*args, **kwargs)
+        self._refuse_what_has_no_effect()
         base = self.accelerator.unwrap_model(self.model).base_model
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, given in (
+            ("label_smoothing_factor", self.args.label_smoothing_factor),
+            ("compute_loss_func", self.compute_loss_func),
+            ("compute_metrics", self.compute_metrics),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{name}: PrefixTrainer never has whole logits, so it would have no effect",
+                    hint="transformers.Trainer with a PrefixModel takes it",
+                )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -184,45 +199,6 @@ class _Step:
         torch.autograd.backward([made for made, _ in trained], gradients)
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """A new random order each epoch, with rows of similar length in a batch; the longest batch comes first.
-
-    Sorted within windows of 8 batches, and the batches are shuffled again, so that lengths do not drift over
-    an epoch. The longest comes first because a batch that does not fit should fail at once.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of a batch.
-        seed: with the epoch's number, decides the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size, window = self.batch_size, self.batch_size * WINDOW
-        batches = []
-        for start in range(0, len(order), window):
-            rows = sorted(order[start : start + window], key=lambda row: self.lengths[row])
-            batches += [rows[first : first + size] for first in range(0, len(rows), size)]
-        full = [batch for batch in batches if len(batch) == size]
-        rest = [
-            batch for batch in batches if len(batch) < size
-        ]  # one at most, and only the last may be short
-        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        longest = max(range(len(shuffled)), key=lambda i: self.lengths[shuffled[i][-1]], default=0)
-        ordered = [*shuffled[longest : longest + 1], *shuffled[:longest], *shuffled[longest + 1 :], *rest]
-        return (row for batch in ordered for row in batch)
-
-
 def training_arguments(
     config: TrainConfig, output: Path, resolved: Mapping[str, Any], *, evaluates: bool
 ) -> Any:
@@ -252,7 +228,7 @@ def training_arguments(
         learning_rate=resolved["learning_rate"],
         num_train_epochs=resolved.get("epochs", 1.0),  # a run of an earlier version: the default was 1
         max_steps=config.max_steps or -1,
-        warmup_steps=math.ceil(config.warmup_ratio * resolved["steps"]),
+        warmup_steps=warmup_steps_for(config.warmup_ratio, resolved["steps"]),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=resolved["eval_steps"] if evaluates else None,
         save_strategy="steps",
