@@ -11,6 +11,8 @@ from families import tiny_model
 from operations import Operations
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import empty_rows, row_runner
+from prefixtune.compare.peers import peer_model
+from prefixtune.compare.settings import PeerConfig
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError
@@ -53,6 +55,30 @@ def test_answer_in_a_batch_is_the_answer_alone_in_the_prompts_order(make: Any, b
         for ids in PROMPTS
     ]
     assert together == alone
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    ("of", "family"),
+    [("prompt-tuning", "llama"), ("prompt-tuning", "gpt2"), ("p-tuning", "llama"), ("peft-prefix", "gemma3")],
+)
+def test_answer_after_pefts_virtual_tokens_in_a_batch_is_that_of_forward_passes_alone(
+    of: str, family: str
+) -> None:
+    torch.manual_seed(0)
+    base = tiny_model(family, vocab_size=len(TOKENIZER))
+    model = peer_model(of, base, PeerConfig(), length=5, start=range(10, 15)).eval()
+    ends, generator = set(ending(model, TOKENIZER)["eos_token_id"]), torch.Generator().manual_seed(0)
+    lengths = (9, 11, 12, 3, 20, 15, 7, 18)
+    prompts = [torch.randint(5, len(TOKENIZER), (n,), generator=generator).tolist() for n in lengths]
+    alone = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 8 and ids[-1] not in ends:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        alone.append(TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True))
+    assert generate_batch(model, TOKENIZER, prompts, max_new_tokens=8, batch_size=16) == alone
     assert len(set(alone)) > 1
 
 

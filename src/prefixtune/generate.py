@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import groupby, takewhile
 from string import Formatter
 from typing import Any
 
@@ -128,12 +128,9 @@ def generate_ids(
     check_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
     settings = {**settings, **ending(model, tokenizer, template), "max_new_tokens": max_new_tokens}
     ends = set(settings["eos_token_id"] or ())
-    # of similar length together: less padding; the longest first, so that a batch too large fails at once
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: list[list[int]] = [[] for _ in prompts]
     with quiet_eval(model), progress_bar(progress, total=len(prompts)) as advance:
-        for rows in batches:
+        for rows in _batches(model, prompts, batch_size):
             batch = _left_padded([prompts[row] for row in rows], settings["pad_token_id"], model.device)
             with torch.no_grad():
                 whole = model.generate(**batch, **settings)  # [B, T+N]
@@ -326,6 +323,22 @@ def _check(prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {row} is empty: there is no token to continue")
+
+
+def _batches(model: Any, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Rows of similar length together: less padding; the longest first, so a batch too large fails at once.
+
+    Of one length where PEFT puts virtual tokens before them: it drops the positions, so that padding between
+    virtual tokens and text would take some.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
+        alike = [list(rows) for _, rows in groupby(order, key=lambda row: len(prompts[row]))]
+    else:
+        alike = [order]
+    for rows in alike:
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _left_padded(
