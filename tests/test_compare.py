@@ -21,7 +21,7 @@ from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, Plan, compare, plan_of, read_file
 from prefixtune.compare.cell import run_cell
 from prefixtune.compare.child import _run as run_child
-from prefixtune.compare.peers import peer_trainer
+from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import result_rows, spread
 from prefixtune.compare.rows import Rows
@@ -188,6 +188,64 @@ def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Mea
     assert counts["peft-prefix-default"] == counts["prefix"]
 
 
+def sizes(plan: Plan, folder: Path) -> dict[str, tuple[int, int | None]]:
+    """Numbers that each method trains, and its length."""
+    cells = Measured.of(plan, folder).cells
+    return {
+        name: (cell["trainable_parameters"], cell["resolved"].get("length")) for name, cell in cells.items()
+    }
+
+
+def test_lora_is_as_large_as_a_prefix_in_some_layers_and_a_projected_prefix_as_long(
+    model: Path, tmp_path: Path
+) -> None:
+    settings = {"prefix": {"layers": "top:1", "length": 2 * LENGTH, "retain": 0.0}}
+    methods = ("prefix", "lora", "prefix+projection")
+    plan = make_plan(model, methods=methods, forgetting=False, max_steps=1, settings=settings)
+    ours, lora, projected = sizes(plan, tmp_path).values()
+    assert ours[0] == lora[0] == LENGTH * 64
+    assert ours[1] == projected[1] == 2 * LENGTH
+
+
+def test_all_are_as_long_as_a_prefix_that_an_evaluation_row_leaves_few_positions(tmp_path: Path) -> None:
+    def write(name: str, letters: int) -> str:
+        row = {"instruction": "Count", "input": "1", "output": "q" * letters}
+        (tmp_path / name).write_text(json.dumps([row] * ROWS), encoding="utf-8")
+        return str(tmp_path / name)
+
+    values = {"methods": ("prefix", "peft-prefix", "prompt-tuning", "p-tuning", "lora")}
+    values |= {"max_steps": 1, "forgetting": False, "settings": {"prefix": {"retain": 0.0}}}
+    model = make_model(tmp_path, "gpt2")
+    values |= {"train": write("train.json", 10), "eval": write("eval.json", 104)}  # 120 of 128 positions
+    (tmp_path / "cells").mkdir()
+    found = sizes(make_plan(model, **values), tmp_path / "cells")
+    per_token = 2 * 2 * 4 * 8  # layers, keys and values, heads, head size
+    assert [found.pop("lora")[0], found["prefix"][0]] == [8 * per_token] * 2
+    assert {length for _, length in found.values()} == {8}
+
+
+def test_lora_trains_where_rows_leave_a_prefix_no_positions(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "gpt2")
+    row = {"instruction": "Count", "input": "1", "output": "q" * 110}  # 126 of 128 positions
+    (tmp_path / "rows.json").write_text(json.dumps([row] * ROWS), encoding="utf-8")
+    plan = make_plan(model, methods=("lora",), max_steps=1, forgetting=False, settings={})
+    (tmp_path / "cells").mkdir()
+    assert sizes(plan, tmp_path / "cells")["lora"][0] > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3-images", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", ["lora", "lora-all-linear"])
+def test_all_numbers_that_lora_trains_on_a_model_that_sees_images_have_a_gradient(
+    name: str, family: str
+) -> None:
+    model = peer_model("lora", tiny_model(family), METHODS[name].peer, length=16)
+    ids = torch.randint(3, 90, (2, 10))
+    summed_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+
+
 def test_a_prefix_trained_by_peft_starts_with_the_loss_of_ours(measured: Measured) -> None:
     """The same KV of the same text, rows and weighting: the first step's loss is the same number."""
     first = {name: measured.cells[name]["losses"][0][1] for name in ("prefix", "peft-prefix")}
@@ -283,6 +341,18 @@ def test_a_changed_setting_changes_the_key_of_its_method_alone(model: Path) -> N
 
     before, after = keys(), keys(lora={"learning_rate": 1e-3})
     assert [name for name in before if before[name] != after[name]] == ["lora-1"]
+
+
+def test_what_others_follow_of_the_prefix_changes_their_keys(model: Path) -> None:
+    def keys(**prefix: Any) -> dict[str, str]:
+        methods = ("full", "lora", "peft-prefix", "prefix+projection")
+        plan = make_plan(model, methods=methods, settings={"prefix": prefix})
+        return {cell.method.name: plan.cell_key(cell, "rows") for cell in plan.cells}
+
+    before = keys()
+    for prefix, changed in (({"length": 9}, [*before][1:]), ({"layers": "top:1"}, ["lora"])):
+        after = keys(**prefix)
+        assert [name for name in before if before[name] != after[name]] == changed
 
 
 def test_an_edited_metric_and_other_packages_change_the_key(

@@ -18,17 +18,18 @@ from prefixtune.attachment import multiply_once
 from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
-from prefixtune.config import TrainConfig
+from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.data import Example
-from prefixtune.errors import RunError
+from prefixtune.errors import DataError, RunError
 from prefixtune.forgetting import NeutralTexts, forgetting
 from prefixtune.generate import ending, generate_batch
-from prefixtune.geometry import Fingerprint, quiet_eval
+from prefixtune.geometry import Fingerprint, Geometry, quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.metrics import Scores, measure
-from prefixtune.train import default_length, default_start, planned_steps, trainer_for
+from prefixtune.prefix import count_parameters
+from prefixtune.train import default_length, default_start, planned_steps, prefix_config_of, trainer_for
 
 __all__ = ["run_cell"]
 
@@ -113,8 +114,20 @@ def _contender(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, folder: Pat
         return _in_context(plan.config.instruction, base, examples)
     schedule = {**plan.config.schedule, "seed": cell.seed}
     if cell.method.of == "prefix":
-        return _ours(cell, base, examples, schedule, folder)
-    return _peer(plan, cell, base, examples, schedule, folder, dtype)
+        return _ours(plan, cell, base, rows, schedule, folder)
+    return _peer(plan, cell, base, rows, schedule, folder, dtype)
+
+
+def _as_prefix(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows) -> PrefixConfig:
+    """The method `prefix` as these rows make it, without its start: the others have its length or size."""
+    options = {"init": "random", **plan.prefix.prefix_options}
+    examples = list(rows.train[: cell.rows])
+    try:
+        return prefix_config_of(None, options, base, examples, rows.eval)
+    except DataError:  # no room for it keeps no method from training that is not as long
+        if cell.method.of not in ("full", "lora") and "length" not in cell.method.options:
+            raise
+        return PrefixConfig(**{**options, "length": default_length(len(examples))})
 
 
 def _in_context(instruction: str | None, base: LoadedBase, examples: Sequence[Example]) -> Contender:
@@ -132,15 +145,16 @@ def _in_context(instruction: str | None, base: LoadedBase, examples: Sequence[Ex
 
 
 def _ours(
-    cell: Cell, base: LoadedBase, examples: list[Example], schedule: Mapping[str, Any], folder: Path
+    plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, schedule: Mapping[str, Any], folder: Path
 ) -> Contender:
     """Our own trainer with its defaults; checkpoints are left out, because the others write none."""
+    examples, prefix = list(rows.train[: cell.rows]), cell.method.prefix_options
+    if "length" not in prefix:
+        prefix["length"] = _as_prefix(plan, cell, base, rows).length
     options = {"save_steps": NEVER, "logging_steps": 1, "report_to": "none"}
     config = TrainConfig(**{**options, **cell.method.train_options, **schedule})
     begin = time.perf_counter()
-    trainer, resolved = trainer_for(
-        base, examples, prefix_options=cell.method.prefix_options, config=config, output=folder
-    )
+    trainer, resolved = trainer_for(base, examples, prefix_options=prefix, config=config, output=folder)
     trainer.remove_callback(PrinterCallback)
     seen = _train(trainer)
     seconds = time.perf_counter() - begin
@@ -149,7 +163,7 @@ def _ours(
         model.save_pretrained(folder)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    prefix = {name: value for name, value in resolved["prefix"].items() if value is not None}
+    came_to = {name: value for name, value in resolved["prefix"].items() if value is not None}
     return Contender(
         model=model,
         trainable_parameters=_trainable(model),
@@ -160,7 +174,7 @@ def _ours(
             "steps": resolved["steps"],
             "learning_rate": resolved["learning_rate"],
             "batch": config.per_device_train_batch_size,
-            **prefix,
+            **came_to,
         },
         losses=_losses(trainer),
         rows_seen=seen,
@@ -171,7 +185,7 @@ def _peer(
     plan: Plan,
     cell: Cell,
     base: LoadedBase,
-    examples: list[Example],
+    rows: Rows,
     schedule: Mapping[str, Any],
     folder: Path,
     dtype: str,
@@ -180,8 +194,8 @@ def _peer(
 
     shared = TrainConfig(**schedule)
     precision = getattr(torch, dtype)
-    length = plan.prefix_length or default_length(len(examples))
-    rows, bos = [example.input_ids for example in examples], getattr(base.tokenizer, "bos_token_id", None)
+    examples = list(rows.train[: cell.rows])
+    prefix = _as_prefix(plan, cell, base, rows)
     begin = time.perf_counter()
     trainer = peer_trainer(
         cell.method.of,
@@ -191,8 +205,9 @@ def _peer(
         shared=shared,
         steps=planned_steps(shared, len(examples)),
         output=folder,
-        length=length,
-        start=default_start(rows, cell.method.peer.length or length, bos=bos),  # as for our own prefix
+        length=prefix.length,
+        like=count_parameters(Geometry.probe(base.model), prefix) if cell.method.of == "lora" else None,
+        start=_start(base, examples, cell.method.peer.length or prefix.length),
         pad_token_id=ending(base.model, base.tokenizer)["pad_token_id"],
         precision=precision,
     )
@@ -217,6 +232,12 @@ def _peer(
         losses=_losses(trainer),
         rows_seen=seen,
     )
+
+
+def _start(base: LoadedBase, examples: Sequence[Example], length: int) -> tuple[int, ...]:
+    """As for our own prefix."""
+    bos = getattr(base.tokenizer, "bos_token_id", None)
+    return default_start([example.input_ids for example in examples], length, bos=bos)
 
 
 def _served(model: Any, precision: Any) -> int:

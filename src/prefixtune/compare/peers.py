@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from prefixtune.attachment.head import decoder_of
 from prefixtune.compare.settings import PeerConfig
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
@@ -40,15 +41,23 @@ def matmul_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
 
 
+def _text_decoder(base: nn.Module) -> nn.Module:
+    """Without the tower of a model that sees images, and without the head."""
+    found = decoder_of(base)
+    return found.get_decoder() if hasattr(found, "get_decoder") else found  # type: ignore[no-any-return]
+
+
 def lora_config(
     base: nn.Module, *, like: int, targets: str = "qv", rank: int | None = None, alpha: float | None = None
 ) -> Any:
     """LoRA on `targets` (see PeerConfig) with the rank whose number of parameters comes nearest to `like`."""
     from peft import LoraConfig, TaskType
 
-    layers = matmul_layers(base)
+    text, layers = set(_text_decoder(base).modules()), matmul_layers(base)
     linear = {
-        name: layer for name, layer in layers.items() if "lm_head" not in name and "embed_out" not in name
+        name: layer
+        for name, layer in layers.items()
+        if layer in text and "lm_head" not in name and "embed_out" not in name
     }
     narrow = [name for name in linear if name.endswith(NARROW)]
     if targets == "qv" and not narrow:
@@ -66,13 +75,20 @@ def lora_config(
 
 
 def peer_model(
-    of: str, base: nn.Module, settings: PeerConfig, *, length: int, start: Sequence[int] | None = None
+    of: str,
+    base: nn.Module,
+    settings: PeerConfig,
+    *,
+    length: int,
+    like: int | None = None,
+    start: Sequence[int] | None = None,
 ) -> nn.Module:
     """The base as the method trains it: what trains is float32 and requires gradients, nothing else does.
 
     Args:
         of: full, lora, prompt-tuning, p-tuning or peft-prefix.
-        length: virtual tokens unless the settings say; LoRA's parameters are matched with such a prefix.
+        length: virtual tokens unless the settings say.
+        like: LoRA's number of parameters; that of a prefix of `length` in all layers unless given.
         start: token ids whose embeddings or KV a prompt or a prefix starts from, with init="text".
     """
     if of == "full":
@@ -81,7 +97,7 @@ def peer_model(
 
     same = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": settings.length or length}
     if of == "lora":
-        like = length * Geometry.probe(base).numbers_per_token
+        like = like or length * Geometry.probe(base).numbers_per_token
         lora = {"targets": settings.targets, "rank": settings.rank, "alpha": settings.alpha}
         return get_peft_model(base, lora_config(base, like=like, **lora))  # type: ignore[arg-type, no-any-return]
     hidden = {"encoder_hidden_size": settings.hidden_size} if settings.hidden_size else {}
@@ -183,6 +199,7 @@ def peer_trainer(
     steps: int,
     output: Path,
     length: int,
+    like: int | None = None,
     start: Sequence[int] | None,
     pad_token_id: int,
     precision: torch.dtype,
@@ -196,7 +213,7 @@ def peer_trainer(
     """
     batch = shared.per_device_train_batch_size
     packs = Passes.of(base.model, capacity=PASS_TOKENS, pad_token_id=pad_token_id).packing
-    model = peer_model(of, base.model, settings, length=length, start=start)
+    model = peer_model(of, base.model, settings, length=length, like=like, start=start)
     warmup, epochs = warmup_steps_for(settings.warmup_ratio, steps), planned_epochs(shared, len(examples))
     return PeerTrainer(
         model=model,

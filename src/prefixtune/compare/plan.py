@@ -22,6 +22,11 @@ from prefixtune.errors import ConfigError
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
 
+# options of the method `prefix` that others go by
+FOLLOWED = {
+    "lora": ("length", "layers", "projection", "hidden_size"),
+    **dict.fromkeys(("prompt-tuning", "p-tuning", "peft-prefix", "prefix"), ("length",)),
+}
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
 
 
@@ -128,14 +133,10 @@ class Plan:
         return found
 
     @property
-    def prefix_length(self) -> int | None:
-        """Virtual tokens of the method `prefix`, which the others are matched with, compared or not.
-
-        None where the number of rows decides.
-        """
+    def prefix(self) -> Method:
+        """The method `prefix`, which the others are matched with, compared or not."""
         (ours,) = methods_of(("prefix",), self.changes)
-        length: int | None = ours.prefix_options.get("length")
-        return length
+        return ours
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the arguments of `plan_of`."""
@@ -171,7 +172,7 @@ class Plan:
             "instruction": config.instruction if cell.method.of == "prompt" else None,
             "metrics": [[name, _metric_file(name)] for name in config.metrics],
             "max_new_tokens": config.max_new_tokens,
-            "prefix_length": self.prefix_length if cell.method.needs_peft else None,
+            "prefix": [self.prefix.prefix_options.get(name) for name in FOLLOWED.get(cell.method.of, ())],
         }
         return digest(parts)
 

@@ -14,6 +14,7 @@ from prefixtune.train.defaults import (
     default_start,
     planned_epochs,
     planned_steps,
+    prefix_config_of,
     warmup_steps_for,
 )
 from prefixtune.train.session import TrainResult, train, train_examples
@@ -28,6 +29,7 @@ __all__ = [
     "default_start",
     "planned_epochs",
     "planned_steps",
+    "prefix_config_of",
     "train",
     "train_examples",
     "trainer_for",
