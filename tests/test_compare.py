@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -527,18 +528,64 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return Folder(path, model, invoke(*arguments))
 
 
-@pytest.mark.parametrize("metric", ["json_equal", "metric_that_fails:score"])
+@pytest.mark.parametrize("metric", ["json_equal", "metric_that_fails:score", "metric_that_fails:strict"])
 def test_a_metric_that_cannot_be_scored_is_told_before_any_cell(
     metric: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     text = "def score(predictions, references):\n    return {}['key']\n"
+    text += "def strict(predictions, references):\n    return float(all(text[0] for text in predictions))\n"
     (tmp_path / "metric_that_fails.py").write_text(text, encoding="utf-8")
     plan = make_plan(model, methods=("base",), metrics=(metric,), forgetting=False)
     make_rows(plan).write(tmp_path / "data.json", key=plan.data_key())
     with pytest.raises((ConfigError, DataError), match=f"{metric}: "):
         compare(plan, tmp_path)
     assert list((tmp_path / "cells").iterdir()) == []
+
+
+METRIC = """def score(predictions, references):
+    if set(predictions) - {text for texts in references for text in texts} - {""}:
+        raise ValueError("a strange answer")
+    return 1.0
+"""
+
+
+def test_a_metric_that_fails_on_answers_is_told_and_scores_them_when_it_is_mended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def in_this_process(plan: Plan, output: Path, **task: Any) -> None:
+        ran.append(task["name"])
+        if task["cell"] is None:
+            make_rows(plan).write(task["result"], key=plan.data_key())
+            return
+        folder = output / "cells" / task["name"]
+        place = {"cell": task["name"], "rows": output / "data.json", "folder": folder}
+        found = {**task["about"], **run_child(plan, place), "wall_seconds": 1.0}
+        task["result"].write_text(json.dumps(found), encoding="utf-8")
+
+    def again(text: str) -> Result:
+        (tmp_path / "metric_of_ours.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "metric_of_ours", raising=False)
+        options = ["--metric", "metric_of_ours:score,exact_match", "--eval-rows", 3, "--max-new-tokens", 4]
+        return invoke(*Folder.arguments_in(tmp_path, model, "base"), *options)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("prefixtune.compare.run._child", in_this_process)
+    (tmp_path / "x.toml").write_text("seeds = 1\nforgetting = false\n", encoding="utf-8")
+    first = again(METRIC)
+    assert first.exit_code == 1
+    assert "NOT SCORED by metric_of_ours:score: metric metric_of_ours:score: it failed" in first.stderr
+    (row,) = json.loads(first.stdout)["rows"]
+    assert row["metrics"]["exact_match"]["mean"] == 0.0
+    assert [column.text(row) for column in columns_of([row])][-2:] == ["0.0000", "–"]
+    assert "NOT SCORED base, seed 1" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    second = again(METRIC.replace("raise ValueError", "print"))
+    assert second.exit_code == 0, second.stderr
+    (row,) = json.loads(second.stdout.partition("\n")[2])["rows"]  # after what the metric prints
+    assert row["metrics"]["metric_of_ours:score"]["mean"] == 1.0
+    assert ran == ["rows", "base-1"]
 
 
 def test_a_failed_cell_is_told_and_loses_no_other(folder: Folder) -> None:

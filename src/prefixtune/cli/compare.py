@@ -103,6 +103,12 @@ def compare(
         raise Failure(
             f"{len(found['failed'])} cells failed: {failed}", hint=f"their logs are in {folder}/cells"
         )
+    if found["failed_metrics"]:
+        names = ", ".join(dict.fromkeys(failure["metric"] for failure in found["failed_metrics"]))
+        raise Failure(
+            f"answers could not be scored by {names}",
+            hint="mend it, and the same command scores the answers again, without training",
+        )
 
 
 @click.command()

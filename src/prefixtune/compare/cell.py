@@ -18,6 +18,7 @@ from prefixtune.attachment import multiply_once
 from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
+from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import DataError, RunError
@@ -27,7 +28,6 @@ from prefixtune.geometry import Fingerprint, Geometry, quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
-from prefixtune.metrics import Scores, measure
 from prefixtune.prefix import count_parameters
 from prefixtune.train import default_length, default_start, planned_steps, prefix_config_of, trainer_for
 
@@ -192,8 +192,7 @@ def _peer(
 ) -> Contender:
     import torch
 
-    shared = TrainConfig(**schedule)
-    precision = getattr(torch, dtype)
+    shared, precision = TrainConfig(**schedule), getattr(torch, dtype)
     examples = list(rows.train[: cell.rows])
     prefix = _as_prefix(plan, cell, base, rows)
     begin = time.perf_counter()
@@ -305,10 +304,11 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
         raise RunError(
             "the training diverged: the loss is no longer finite", hint="use a lower learning_rate"
         )
-    found: dict[str, Any] = {"dev_loss": loss, "metrics": {}, "metric_settings": {}, "forgetting": None}
+    found: dict[str, Any] = {"dev_loss": loss, "forgetting": None, **score_answers((), [], [])}
     if plan.config.metrics:
-        scores = _answers(plan, contender, tokenizer, rows.questions, folder)
-        found |= {"metrics": scores.values, "metric_settings": scores.settings}
+        answers = _answers(plan, contender, tokenizer, rows.questions)
+        found["answers"] = write_answers(folder, answers, rows.questions)
+        found |= score_answers(plan.config.metrics, answers, rows.questions)
     if rows.neutral:
         if before:
             neutral = [_after(before, example, tokenizer) for example in rows.neutral]
@@ -321,12 +321,10 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
     return found
 
 
-def _answers(
-    plan: Plan, contender: Contender, tokenizer: Any, questions: Sequence[Question], folder: Path
-) -> Scores:
+def _answers(plan: Plan, contender: Contender, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
     asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
     limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
-    answers = generate_batch(
+    return generate_batch(
         contender.model,
         tokenizer,
         asked,
@@ -334,15 +332,6 @@ def _answers(
         template=plan.data.template,
         batch_size=BATCH,
     )
-    lines = [
-        json.dumps(
-            {"prompt": question.text, "references": question.references, "prediction": answer},
-            ensure_ascii=False,
-        )
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    (folder / "predictions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return measure(plan.config.metrics, answers, [question.references for question in questions])
 
 
 def _longest(questions: Sequence[Question], tokenizer: Any, limit: int) -> int:

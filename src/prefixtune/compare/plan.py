@@ -157,7 +157,10 @@ class Plan:
         return digest(parts)
 
     def cell_key(self, cell: Cell, data: str) -> str:
-        """A hash of all that decides a cell's numbers; `data` is that of the rows and the base."""
+        """A hash of all that decides a cell's answers, and after a colon one of the metrics that score them.
+
+        `data` is the hash of the rows and the base.
+        """
         from prefixtune import __version__
 
         config = self.config
@@ -170,11 +173,11 @@ class Plan:
             "rows": cell.rows,
             "schedule": {**_defaults(), **config.schedule},
             "instruction": config.instruction if cell.method.of == "prompt" else None,
-            "metrics": [[name, _metric_file(name)] for name in config.metrics],
             "max_new_tokens": config.max_new_tokens,
             "prefix": [self.prefix.prefix_options.get(name) for name in FOLLOWED.get(cell.method.of, ())],
         }
-        return digest(parts)
+        metrics = [[name, _metric_file(name)] for name in config.metrics]
+        return f"{digest(parts)}:{digest(metrics)}"
 
 
 def digest(parts: Any) -> str:

@@ -42,6 +42,7 @@ def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> 
     }
     # a metric of the user's own may give a key for some seeds only: the mean is over these
     metrics = {name: None for cell in cells for name in cell["metrics"]}
+    metrics |= dict.fromkeys(_missing(cells))
     return {
         "method": method,
         "train_rows": count,
@@ -53,6 +54,13 @@ def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> 
         "metrics": {name: _metric([cell["metrics"].get(name) for cell in cells]) for name in metrics},
         "forgetting": spread([cell["forgetting"] for cell in cells]),
     }
+
+
+def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Metrics that failed in every cell that was to have them: they have a column without a number."""
+    known = {name for cell in cells for name in cell["metrics"]}
+    failed = {name: None for cell in cells for name in cell.get("failed_metrics", {})}
+    return [name for name in failed if not any(one == name or one.startswith(f"{name}.") for one in known)]
 
 
 def _metric(values: Sequence[float | None]) -> dict[str, Any]:

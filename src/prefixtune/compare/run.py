@@ -20,8 +20,9 @@ from prefixtune.compare.machine import versions
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.results import result_rows
 from prefixtune.compare.rows import Rows, write_json
+from prefixtune.compare.scoring import check_scoring, read_answers, score_answers
 from prefixtune.errors import PrefixTuneError, RunError
-from prefixtune.metrics import check_metrics, measure
+from prefixtune.metrics import check_metrics
 from prefixtune.progress import note, progress_bar
 
 __all__ = ["DATA", "RESULTS", "compare"]
@@ -46,9 +47,8 @@ def compare(plan: Plan, output: Path, *, command: str = "") -> dict[str, Any]:
         _require_peft()
     (output / CELLS).mkdir(parents=True, exist_ok=True)
     rows = _rows(plan, output)
-    if plan.config.metrics:  # what cannot be scored is told before hours of training: references as answers
-        references = [question.references for question in rows.questions]
-        measure(plan.config.metrics, [texts[0] for texts in references], references)
+    if plan.config.metrics:
+        check_scoring(plan.config.metrics, rows.questions)
     bench = _Bench(plan, output, rows, command)
     try:
         bench.run()
@@ -173,14 +173,33 @@ class _Bench:
         path = self._path(cell)
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if found["key"] == key:
+            if found["key"] == key and not found["failed_metrics"]:
                 return found
-            note(f"{cell.name}: its settings, rows, model or packages have changed, so it runs again")
+            if found["key"].split(":")[0] == key.split(":")[0] and self._score(cell, found):
+                write_json(path, {**found, "key": key})
+                return found
+            note(
+                f"{cell.name}: its settings, rows, model, packages or answers have changed, so it runs again"
+            )
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError):
             note(f"{path} is damaged, so the cell runs again")
         return None
+
+    def _score(self, cell: Cell, found: dict[str, Any]) -> bool:
+        """Score a cell whose metrics alone changed or failed; False where its answers are no longer there."""
+        answers = read_answers(self._path(cell).with_suffix(""), found.get("answers"))
+        if answers is None:
+            return False
+        note(f"{cell.name}: its answers are scored again")
+        found |= score_answers(self.plan.config.metrics, answers, self.rows.questions)
+        self._tell(cell, found)
+        return True
+
+    def _tell(self, cell: Cell, found: dict[str, Any]) -> None:
+        for name, error in found["failed_metrics"].items():
+            note(f"{cell.name}: NOT SCORED by {name}: {error}")
 
     def _run(self, cell: Cell, key: str, forecast: Forecast, left: list[Cell]) -> None:
         about = {
@@ -207,6 +226,7 @@ class _Bench:
             said = f"FAILED: {failure['message']}"
         rest = f"; about {spelled(forecast.total(left))} left" if left else ""
         note(f"{cell.name}: {said} ({seconds:.0f} s{rest})")
+        self._tell(cell, self.done.get(cell.name, {"failed_metrics": {}}))
 
     def _path(self, cell: Cell) -> Path:
         return self.output / CELLS / f"{cell.name}.json"
@@ -217,6 +237,11 @@ class _Bench:
         found = {
             "rows": result_rows(plan, self.done.values()),
             "failed": list(self.failed.values()),
+            "failed_metrics": [
+                {"method": cell["method"], "seed": cell["seed"], "metric": name, "error": error}
+                for cell in self.done.values()
+                for name, error in cell["failed_metrics"].items()
+            ],
             "unfinished": [
                 cell.name
                 for cell in plan.cells

@@ -65,6 +65,9 @@ def _page(found: Mapping[str, Any], drawn: Sequence[tuple[str, str]]) -> list[st
     lines += [LEGEND, ""]
     for failure in found["failed"]:
         lines.append(f"- FAILED {failure['method']}, seed {failure['seed']}: {failure['error']}")
+    for failure in found.get("failed_metrics", []):  # an earlier version has none
+        place = f"{failure['method']}, seed {failure['seed']}"
+        lines.append(f"- NOT SCORED {place} by {failure['metric']}: {failure['error']}")
     if found["unfinished"]:
         lines.append(f"- not finished: {', '.join(found['unfinished'])}")
     for title, file in drawn:

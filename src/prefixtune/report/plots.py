@@ -56,7 +56,7 @@ def draw(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], folder: Path) 
 
 def _quality(rows: Sequence[Row]) -> tuple[str | None, str]:
     """The first metric, or the loss where none was measured."""
-    names = [name for row in rows for name in row["metrics"]]
+    names = [name for row in rows for name, found in row["metrics"].items() if found["mean"] is not None]
     return (names[0], names[0]) if names else (None, "dev loss")
 
 
