@@ -20,15 +20,16 @@ from families import tiny_model
 from operations import Operations
 from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, Plan, compare, plan_of, read_file
-from prefixtune.compare.cell import run_cell
+from prefixtune.compare.cell import _after, _in_context, run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import result_rows, spread
 from prefixtune.compare.rows import Rows
-from prefixtune.config import TrainConfig
+from prefixtune.config import DataConfig, TrainConfig
+from prefixtune.data import Row, build_examples
 from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunError
-from prefixtune.load import load_base
+from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
@@ -288,6 +289,20 @@ def test_base_has_forgotten_nothing_and_text_before_it_is_no_training(measured: 
     assert measured.cells["base"]["forgetting"] == 0.0
     assert measured.cells["prompt"]["forgetting"] != 0.0
     assert measured.cells["prompt"]["dev_loss"] != measured.cells["base"]["dev_loss"]
+
+
+@pytest.mark.parametrize("around", ["<s> $A", "</s> $A", "<s> $A </s>", "$A"])
+@pytest.mark.parametrize("instruction", ["Do it.", None])
+def test_prompt_begins_once_and_ends_as_the_row_does(instruction: str | None, around: str) -> None:
+    tokenizer = byte_tokenizer(around=around)
+    row = Row(values={"instruction": "Count", "output": "a b"}, origin="r")
+    ((example,), _) = build_examples([row], tokenizer, DataConfig())
+    base = LoadedBase(model=None, tokenizer=tokenizer, name="none", dtype_reason="none")
+    context = _in_context(instruction, base, [example]).context
+    start, text = around.partition("$A")[0].strip(), "Human: Count\n\nAssistant: a b</s>"
+    after = _after(context, example, tokenizer)
+    assert tokenizer.decode(after.input_ids) == start + (f"{instruction}\n" if instruction else text) + text
+    assert tokenizer.decode([label for label in after.labels if label != -100]) == "a b</s>"
 
 
 def test_rows_with_one_input_are_references_of_one_another(measured: Measured) -> None:

@@ -20,7 +20,7 @@ from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
 from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.config import PrefixConfig, TrainConfig
-from prefixtune.data import Example
+from prefixtune.data import Example, added_tokens
 from prefixtune.errors import DataError, RunError
 from prefixtune.forgetting import NeutralTexts, forgetting
 from prefixtune.generate import ending, generate_batch
@@ -134,9 +134,9 @@ def _in_context(instruction: str | None, base: LoadedBase, examples: Sequence[Ex
     """The bare model with the instruction before each row, or the first training row for an example."""
     tokenizer: Any = base.tokenizer
     if instruction is not None:
-        ids = tuple(tokenizer(instruction.rstrip("\n") + "\n")["input_ids"])
-        if ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            ids = ids[:-1]
+        start, _ = added_tokens(tokenizer)
+        text = tokenizer(instruction.rstrip("\n") + "\n", add_special_tokens=False)["input_ids"]
+        ids = (*start, *text)  # without what ends a text: the row goes on
     else:
         ids = examples[0].input_ids
         instruction = tokenizer.decode(ids)
@@ -350,7 +350,9 @@ def _after(before: Sequence[int], example: Example, tokenizer: Any) -> Example:
 
 
 def _joined(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    """One text after the other, with one token for the beginning."""
-    if before and ids[0] == tokenizer.bos_token_id == before[0]:
-        ids = ids[1:]
-    return (*before, *ids)
+    """One text after the other, of which the first alone has what begins each text."""
+    start = added_tokens(tokenizer)[0] or [
+        tokenizer.bos_token_id
+    ]  # which a chat template may write by itself
+    begun = list(before[: len(start)]) == start == list(ids[: len(start)])
+    return (*before, *ids[len(start) if begun else 0 :])
