@@ -531,6 +531,26 @@ def test_own_metric_is_found_in_the_working_folder(
     assert found["metrics"]["my_own:longest"] >= longest > 0
 
 
+def test_own_metric_with_other_keys_for_the_bare_model_has_a_line_for_each(
+    trained: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_keys.py").write_text(
+        "calls = []\n"
+        "def score(predictions, references):\n"
+        "    calls.append(1)\n"
+        "    return {'both': 1, 'prefix' if len(calls) == 1 else 'bare': 2}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--max-new-tokens", 2, "--dtype", "float32"]
+    shown = succeed(*common, "--metric", "my_keys:score").stdout
+    lines = [line.split("│")[1:4] for line in shown.splitlines() if "my keys:score" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["my keys:score.both", "1.0000", "1.0000"],
+        ["my keys:score.prefix", "2.0000", "–"],
+        ["my keys:score.bare", "–", "2.0000"],
+    ]
+
+
 @pytest.mark.parametrize("template", ["chat", "human"])
 @pytest.mark.parametrize("command", ["generate", "evaluate", "chat"])
 def test_answers_to_chats_alone_end_where_the_template_closes_a_turn(

@@ -210,12 +210,18 @@ def _table(result: Any, name: str) -> Any:
     for label, key in (("target loss", "loss"), ("perplexity", "perplexity")):
         values = [result.to_dict()[start + key] for start in (["", "base_"] if has_base else [""])]
         table.add_row(label, *(f"{value:.4f}" for value in values))
-    for metric in result.metrics:
-        values = [result.metrics[metric], *([result.base_metrics[metric]] if has_base else [])]
-        shown = (f"{100 * value:.1f} %" if metric in SHARES else f"{value:.4f}" for value in values)
+    found = [result.metrics, *([result.base_metrics] if has_base else [])]
+    for metric in {name: None for metrics in found for name in metrics}:  # one's own may give other keys
+        shown = (_shown(metric, metrics.get(metric)) for metrics in found)
         table.add_row(escape(metric.replace("_", " ")), *shown)
     if result.forgetting is not None:
         error = result.forgetting_detail.standard_error
         spread = f" ± {error:.4f}" if error is not None else ""
         table.add_row("forgetting (nats per token)", f"{result.forgetting:.4f}{spread}")
     return table
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if metric in SHARES else f"{value:.4f}"
