@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -682,6 +684,41 @@ def test_a_folder_without_a_comparison_is_told(tmp_path: Path) -> None:
     result = invoke("report", tmp_path)
     assert result.exit_code == 1
     assert "holds no comparison" in result.stderr
+
+
+DAMAGES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "a cell cut short": ("cells/prefix-1.json", lambda text: text[:100]),
+    "a cell without its losses": ("cells/prefix-1.json", lambda text: text.replace('"losses"', '"lost"')),
+    "another file's contents": ("results.json", lambda text: '{"rows": []}'),
+    "a list": ("results.json", lambda text: "[1]"),
+    "no cells": ("results.json", lambda text: text.replace('"cells"', '"cell"')),
+    "a word for a number": (
+        "results.json",
+        lambda text: re.sub(r'"dev_loss": [0-9.]+', '"dev_loss": "x"', text),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_told_with_its_file(damage: str, folder: Folder, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    name, change = DAMAGES[damage]
+    path = shutil.copytree(folder.path / "out", tmp_path / "out") / name
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+    result = invoke("report", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"error: {path}: damaged (" in result.stderr
+    assert "hint: run the comparison again" in result.stderr
+
+
+def test_a_report_that_fails_does_not_lose_the_table(folder: Folder, tmp_path: Path) -> None:
+    out = shutil.copytree(folder.path / "out", tmp_path / "out")
+    (out / "report.md").unlink()
+    (out / "report.md").mkdir()
+    again = invoke(*folder.arguments("prefix"), "--output", out)
+    assert again.exit_code == 1
+    assert "report.md" in again.stderr
+    assert json.loads(again.stdout)["rows"] == json.loads(folder.first.stdout)["rows"]
 
 
 def test_plots_without_matplotlib_name_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,8 +96,8 @@ def compare(
         sys.path.insert(0, str(Path.cwd()))  # as the children have it: the user's own metric is there
     command = room.shown_command("prefixtune", sys.argv[1:])
     found = room.compare(plan, folder, command=command)
+    print_json(found) if as_json else _print(found)  # before the report, which may fail
     _report(folder)
-    print_json(found) if as_json else _print(found)
     if found["failed"]:
         failed = ", ".join(f"{failure['method']} (seed {failure['seed']})" for failure in found["failed"])
         raise Failure(
@@ -142,7 +142,7 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _report(folder: Path) -> None:
-    """The report belongs to the comparison, but the lack of matplotlib must not lose its table."""
+    """The report belongs to the comparison; without matplotlib it has no plots."""
     from prefixtune.report import write_report
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,19 @@ LEGEND = (
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """What a comparison wrote to its folder.
+    """What a comparison wrote to its folder; all that a page needs is in it.
 
     Raises:
         RunError: there is none, or it is damaged.
     """
     path = folder / RESULTS
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        columns_of(found["rows"])
-    except FileNotFoundError:
+    if not path.exists():
         raise RunError(
             f"{folder}: holds no comparison (there is no {RESULTS})", hint="prefixtune compare makes one"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged ({error})", hint="run the comparison again: it goes on") from None
+        )
+    found: dict[str, Any] = _read(
+        path, lambda found: (_page(found, ()), [folder / n for n in found["cells"]])
+    )
     return found
 
 
@@ -47,15 +45,33 @@ def write_report(folder: Path, *, plots: bool = True) -> Path:
     """Write report.md and its plots beside results.json.
 
     Raises:
-        RunError: there are no results in the folder.
+        RunError: there are no results in the folder, or they are damaged.
         MissingExtraError: plots are wanted, and matplotlib is not installed.
     """
     found = read_results(folder)
-    cells = [json.loads((folder / name).read_text(encoding="utf-8")) for name in found["cells"]]
-    drawn = draw(found["rows"], cells, folder) if plots and found["rows"] else []
+    drawn = []
+    if plots and found["rows"]:
+        drawn = draw(found["rows"], [_read(folder / name, _plotted) for name in found["cells"]], folder)
     page = folder / PAGE
     page.write_text("\n".join(_page(found, drawn)), encoding="utf-8")
     return page
+
+
+def _read(path: Path, use: Callable[[Any], object]) -> Any:
+    """The contents of a file of the comparison, where `use` finds all that it needs in them."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        use(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        missing = f"there is no {error}" if isinstance(error, KeyError) else None
+        what = missing or getattr(error, "strerror", None) or error
+        raise RunError(f"{path}: damaged ({what})", hint="run the comparison again: it goes on") from None
+    return found
+
+
+def _plotted(cell: Mapping[str, Any]) -> list[Any]:
+    """What the plots take from a cell."""
+    return [cell["method"], cell["train_rows"], *((step, loss) for step, loss in cell["losses"])]
 
 
 def _page(found: Mapping[str, Any], drawn: Sequence[tuple[str, str]]) -> list[str]:
