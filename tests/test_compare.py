@@ -338,6 +338,19 @@ def test_a_metric_that_gives_other_keys_for_each_seed_is_the_mean_of_those_that_
     assert [column.text(row) for column in columns_of([row])][-3:-1] == ["2.00 ± 1.41", "5.00 (1 of 2 seeds)"]
 
 
+def test_a_mean_over_fewer_seeds_than_were_planned_says_so(measured: Measured) -> None:
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("base", "lora"), "seeds": 3})
+    losses = ((1, 1.0), (3, 1.2))  # the second seed failed
+    cells = [
+        {**measured.cells["lora"], "train_rows": None, "seed": seed, "dev_loss": x} for seed, x in losses
+    ]
+    base, lora = result_rows(plan, [measured.cells["base"], *cells])
+    loss, *others = [column.text(lora) for column in columns_of([base, lora])][-4:]
+    assert loss == "1.1000 ± 0.1414 (2 of 3 seeds)"
+    assert all(text.endswith(" (2 of 3 seeds)") for text in others)
+    assert not any("seeds" in column.text(base) for column in columns_of([base, lora]))
+
+
 def test_methods_whose_names_look_alike_in_a_file_name_have_cells_of_their_own() -> None:
     def names(*methods: str, **settings: Any) -> list[str]:
         tables = settings or {name: {"of": "lora"} for name in methods}
@@ -684,6 +697,15 @@ def test_a_folder_without_a_comparison_is_told(tmp_path: Path) -> None:
     result = invoke("report", tmp_path)
     assert result.exit_code == 1
     assert "holds no comparison" in result.stderr
+
+
+def test_report_tells_the_cells_that_failed(folder: Folder, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = shutil.copytree(folder.path / "out", tmp_path / "out")
+    (out / "results.json").write_text(folder.first.stdout, encoding="utf-8")
+    result = invoke("report", out)
+    assert result.exit_code == 0, result.stderr
+    assert "FAILED long, seed 1: " in result.stderr
 
 
 DAMAGES: dict[str, tuple[str, Callable[[str], str]]] = {

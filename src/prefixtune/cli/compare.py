@@ -116,7 +116,7 @@ def compare(
 @json_option
 def report(folder: Path, as_json: bool) -> None:
     """Make report.md and its plots again, from the folder of a comparison."""
-    from prefixtune.report import read_results, require_matplotlib, write_report
+    from prefixtune.report import missing_cells, read_results, require_matplotlib, write_report
 
     found = read_results(folder)
     require_matplotlib()
@@ -125,6 +125,8 @@ def report(folder: Path, as_json: bool) -> None:
         print_json({"report": str(page), "rows": found["rows"]})
     else:
         _print(found)
+    for line in missing_cells(found):
+        say(line)
     say(f"report: {page}")
 
 

@@ -31,11 +31,14 @@ def result_rows(plan: Plan, cells: Iterable[Mapping[str, Any]]) -> list[dict[str
                 if cell["method"] == method.name and (not method.trains or cell["train_rows"] == count)
             ]
             if own:
-                found.append(_row(method.name, count, own))
+                planned = plan.config.seeds if method.trains else len(own)
+                found.append(_row(method.name, count, own, planned=planned))
     return found
 
 
-def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _row(
+    method: str, count: int | None, cells: Sequence[Mapping[str, Any]], *, planned: int
+) -> dict[str, Any]:
     means = {name: spread([cell[name] for cell in cells])["mean"] for name in MEANS}
     whole = {
         name: round(value) for name, value in means.items() if name.endswith("bytes") and value is not None
@@ -47,6 +50,7 @@ def _row(method: str, count: int | None, cells: Sequence[Mapping[str, Any]]) -> 
         "method": method,
         "train_rows": count,
         "seeds": len(cells),
+        "planned_seeds": planned,
         **{name: cells[0][name] for name in ("trainable_parameters", "file_bytes")},
         **means,
         **whole,

@@ -3,8 +3,8 @@
 Reading order: `table` (columns and how a number is written), `plots`, `page` (report.md).
 """
 
-from prefixtune.report.page import read_results, write_report
+from prefixtune.report.page import missing_cells, read_results, write_report
 from prefixtune.report.plots import require_matplotlib
 from prefixtune.report.table import Column, columns_of
 
-__all__ = ["Column", "columns_of", "read_results", "require_matplotlib", "write_report"]
+__all__ = ["Column", "columns_of", "missing_cells", "read_results", "require_matplotlib", "write_report"]

@@ -11,7 +11,7 @@ from prefixtune.errors import RunError
 from prefixtune.report.plots import draw
 from prefixtune.report.table import columns_of, markdown
 
-__all__ = ["read_results", "write_report"]
+__all__ = ["missing_cells", "read_results", "write_report"]
 
 RESULTS, PAGE = "results.json", "report.md"
 LEGEND = (
@@ -20,7 +20,7 @@ LEGEND = (
     "of training (of measuring, for what trains nothing): resident on a CPU, allocated on a GPU. "
     "**tokens/s** counts real tokens of the training, prompts among them. **dev loss** is in nats per target "
     "token. **forgetting** is the rise of the loss, in nats per token, on text that the base itself wrote. "
-    "± is the standard deviation over seeds."
+    "± is the standard deviation over seeds; (2 of 3 seeds) marks a mean over fewer than were planned."
 )
 
 
@@ -57,6 +57,18 @@ def write_report(folder: Path, *, plots: bool = True) -> Path:
     return page
 
 
+def missing_cells(found: Mapping[str, Any]) -> list[str]:
+    """A line for each cell that failed, each metric that did, and one for the cells that did not run."""
+    lines = [
+        f"FAILED {failure['method']}, seed {failure['seed']}: {failure['error']}"
+        for failure in found["failed"]
+    ]
+    for failure in found.get("failed_metrics", []):  # an earlier version has none
+        place = f"{failure['method']}, seed {failure['seed']}"
+        lines.append(f"NOT SCORED {place} by {failure['metric']}: {failure['error']}")
+    return lines + ([f"not finished: {', '.join(found['unfinished'])}"] if found["unfinished"] else [])
+
+
 def _read(path: Path, use: Callable[[Any], object]) -> Any:
     """The contents of a file of the comparison, where `use` finds all that it needs in them."""
     try:
@@ -79,13 +91,7 @@ def _page(found: Mapping[str, Any], drawn: Sequence[tuple[str, str]]) -> list[st
     lines = [f"# {compared['model']}: {', '.join(found['settings'])}", ""]
     lines += [markdown(columns_of(rows), rows)] if rows else ["No cell is finished.", ""]
     lines += [LEGEND, ""]
-    for failure in found["failed"]:
-        lines.append(f"- FAILED {failure['method']}, seed {failure['seed']}: {failure['error']}")
-    for failure in found.get("failed_metrics", []):  # an earlier version has none
-        place = f"{failure['method']}, seed {failure['seed']}"
-        lines.append(f"- NOT SCORED {place} by {failure['metric']}: {failure['error']}")
-    if found["unfinished"]:
-        lines.append(f"- not finished: {', '.join(found['unfinished'])}")
+    lines += [f"- {line}" for line in missing_cells(found)]
     for title, file in drawn:
         lines += [f"## {title}", "", f"![{title}]({file})", ""]
     lines += ["## Settings", "", *_settings(found["settings"]), "", *_about(found)]

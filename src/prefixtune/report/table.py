@@ -32,35 +32,37 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         Column(title="peak memory", text=lambda row: size(row["peak_memory_bytes"])),
         Column(title="train s", text=lambda row: _number(row["train_seconds"], 1)),
         Column(title="tokens/s", text=lambda row: _number(row["tokens_per_second"], 0)),
-        Column(title="dev loss", text=lambda row: _spread(row["dev_loss"], row["dev_loss_std"], 4, row)),
+        Column(title="dev loss", text=_dev_loss),
     ]
     names = {name: None for row in rows for name in row["metrics"]}
     found += [Column(title=name, text=_metric(name)) for name in names]
     if any(row["forgetting"]["mean"] is not None for row in rows):
-        found.append(Column(title="forgetting", text=_forgetting))
+        found.append(Column(title="forgetting", text=lambda row: _spread(row["forgetting"], 4, row)))
     return found
+
+
+def _dev_loss(row: Row) -> str:
+    return _spread({"mean": row["dev_loss"], "std": row["dev_loss_std"]}, 4, row)
 
 
 def _metric(name: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         found = row["metrics"].get(name) or {"mean": None, "std": None}
         digits = 2 if abs(found["mean"] or 0) > 1.5 else 4  # of 100, or of 1
-        seeds = found.get("seeds", row["seeds"])  # an earlier version wrote none
-        shown = _spread(found["mean"], found["std"], digits, {"seeds": seeds})
-        return shown if seeds in (0, row["seeds"]) else f"{shown} ({seeds} of {row['seeds']} seeds)"
+        return _spread(found, digits, row)
 
     return text
 
 
-def _forgetting(row: Row) -> str:
-    return _spread(row["forgetting"]["mean"], row["forgetting"]["std"], 4, row)
-
-
-def _spread(mean: float | None, std: float | None, digits: int, row: Row) -> str:
-    if mean is None:
+def _spread(found: Mapping[str, Any], digits: int, row: Row) -> str:
+    """A mean with its deviation, and over how many seeds it is where these are not all that were planned."""
+    if found["mean"] is None:
         return NOTHING
-    one = row["seeds"] < 2
-    return f"{mean:.{digits}f}" if one else f"{mean:.{digits}f} ± {std or 0:.{digits}f}"
+    seeds = found.get("seeds", row["seeds"])  # of a metric, whose keys some seeds may not have
+    planned = row.get("planned_seeds", row["seeds"])  # an earlier version wrote none
+    spread = f" ± {found['std'] or 0:.{digits}f}" if seeds > 1 else ""
+    note = f" ({seeds} of {planned} seeds)" if seeds < planned else ""
+    return f"{found['mean']:.{digits}f}{spread}{note}"
 
 
 def _number(value: float | None, digits: int) -> str:
