@@ -350,6 +350,15 @@ def test_comparison_counts_the_bytes_of_the_cache(place: Path, done: tuple[Path,
     assert contestant(found, "text in the context")["divergence"] == 0
 
 
+@pytest.mark.parametrize("tokens", [4, 100])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2-sliding", "mistral-sliding"])
+def test_bytes_of_the_text_are_those_of_transformers_own_cache(family: str, tokens: int) -> None:
+    base, context = tiny_model(family), context_of(tokens)
+    with torch.no_grad():
+        cache = base(input_ids=torch.tensor([context.ids]), use_cache=True).past_key_values
+    assert context.cache_bytes(base) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 def test_comparison_has_the_share_of_answers_that_are_the_teachers(done: tuple[Path, dict[str, Any]]) -> None:
     _, found = done
     assert len(found["samples"]) == found["questions"]["heldout"]

@@ -65,7 +65,8 @@ class Contestant:
     Attributes:
         name: "text in the context" (the teacher), "prefix", "first P tokens" (its start), or "no text".
         cache_tokens: positions that stand before a question.
-        cache_bytes: their keys and values in the model's precision, for each conversation.
+        cache_bytes: their keys and values in the model's precision, for each conversation; of the text in
+            layers with a window those that a question still sees, of a prefix all.
         exact_match: share of the questions with the teacher's own answer, word for word, both greedy; None
             where the teacher's answers were sampled.
         first_token_seconds, tokens_per_second: of one question at a time; the text in the context is read
@@ -127,7 +128,7 @@ def compare(
     Args:
         examples: with the teacher's aims.
         answered: what they were made of; the question of middle length is timed.
-        text_bytes: of the whole context's KV, in the model's precision, as the ways' are.
+        text_bytes: `Context.cache_bytes`, in the model's precision, as the ways' are.
         answers: each way's own greedy answers to the questions of `answered`.
         greedy: whether the teacher's are, so that they can be compared word for word.
     """

@@ -16,7 +16,7 @@ from prefixtune.data import Row, build_prompts
 from prefixtune.data.row import check_text
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import PLACEHOLDER, prompt_row
-from prefixtune.geometry import Geometry
+from prefixtune.geometry import Geometry, compute_dtype
 from prefixtune.load import LoadedBase
 from prefixtune.prefix import PrefixKV
 from prefixtune.progress import note
@@ -90,6 +90,14 @@ class Context:
     def kv(self, base: Any) -> PrefixKV:
         """The KV of the context, [kv_heads, n, head_dim] a layer: attached, it makes the base the teacher."""
         return PrefixKV.from_tokens(base, torch.tensor([self.ids]))
+
+    def cache_bytes(self, base: Any) -> int:
+        """Of the context's keys and values in an engine's cache, which drops what no later token sees."""
+        numbers = 0
+        for layer in Geometry.probe(base).layers:
+            seen = len(self.ids) if layer.window is None else min(len(self.ids), layer.window - 1)
+            numbers += seen * layer.numbers_per_token
+        return numbers * compute_dtype(base).itemsize
 
 
 def prompts_of(questions: Sequence[str], tokenizer: Any, template: str) -> list[tuple[int, ...]]:

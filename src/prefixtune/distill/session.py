@@ -181,7 +181,7 @@ def distill(
 class _Material:
     """What the training and the comparison are made of; `rows` by part, with the teacher's aims.
 
-    The text's KV is not kept: its size in bytes is `text_bytes`.
+    The text's KV is not kept; `text_bytes` is what it takes in a cache.
     """
 
     context: Context
@@ -214,7 +214,8 @@ def _gather(
         answered = answer(base.model, base.tokenizer, context, kv, parts, config=settings, seed=config.seed)
     passes = _passes(base, answered, config)
     rows = {part: with_aims(passes, [one for one in answered if one.part == part], kv) for part in PARTS}
-    found = _Material(context=context, text_bytes=kv.nbytes, answered=answered, passes=passes, rows=rows)
+    size = context.cache_bytes(base.model)
+    found = _Material(context=context, text_bytes=size, answered=answered, passes=passes, rows=rows)
     note(f"the teacher's hidden states take {readable(found.aims_bytes)} of memory")
     return found
 
