@@ -370,7 +370,10 @@ def test_metrics_that_cannot_be_measured_are_told_before_any_work(
     [
         (["--metric", "accuracy"], "2 to 20 distinct references"),
         (["--labels", "b,c"], "rows.jsonl:1: accuracy: expected one of the labels b, c"),
-        (["--metric", "json_equal", "--max-new-tokens", 1], "references[0] is not JSON: 'a'"),
+        (
+            ["--metric", "json_equal", "--max-new-tokens", 1],
+            "rows.jsonl:1: json_equal: the reference is not JSON: 'a'",
+        ),
         (["--forgetting-text", "nowhere.txt"], "nowhere.txt: expected a text file"),
     ],
 )

@@ -272,6 +272,19 @@ def test_task_that_cannot_be_measured_is_told(options: Any, error: type[Exceptio
         evaluate(bare(), TOKENIZER, ROWS, DataConfig(), progress=False, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"metrics": ["accuracy"], "labels": ["1", "2"]}, "r:3: accuracy: .*got '{'"),
+        ({"metrics": ["json_equal"]}, "r:3: json_equal: .*'{'"),
+    ],
+)
+def test_a_reference_that_cannot_be_used_is_told_with_its_own_row(options: Any, said: str) -> None:
+    rows = asked(("one", "1"), ("two", "2"), ("one", "{"))  # the third is a reference of the first input
+    with pytest.raises(DataError, match=said):
+        evaluate(bare(), TOKENIZER, rows, DataConfig(), progress=False, **options)
+
+
 def test_one_or_many_references_are_no_labels() -> None:
     for number in (1, 21):
         rows = asked(*((f"q{i}", f"a{i}") for i in range(number)))

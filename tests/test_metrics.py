@@ -141,7 +141,7 @@ def test_json_equal_does_not_see_spaces_order_of_keys_or_how_a_number_is_written
 
 
 def test_json_equal_refuses_a_reference_that_is_no_json() -> None:
-    with pytest.raises(DataError, match=r"references\[1\] is not JSON: 'yes'"):
+    with pytest.raises(DataError, match=r"references\[1\]: json_equal: the reference is not JSON: 'yes'"):
         score(["json_equal"], ["1", "2"], [["1"], ["2", "yes"]])
 
 

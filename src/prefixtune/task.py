@@ -28,11 +28,12 @@ Told = Callable[[str], str | None]  # what a progress bar says
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A prompt, the distinct references of all its rows, and the first of these rows."""
+    """A prompt, the distinct references of all its rows, where each first stands, and the first row."""
 
     row: Row
     prompt: Prompt
     references: list[str]
+    origins: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,11 @@ def inputs_of(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[I
     inputs: dict[tuple[int, ...], Input] = {}
     for row in rows:
         for prompt in build_prompts([row], tokenizer, config):  # none of a row that is dropped
-            known = inputs.setdefault(prompt.input_ids, Input(row=row, prompt=prompt, references=[]))
+            new = Input(row=row, prompt=prompt, references=[], origins=[])
+            known = inputs.setdefault(prompt.input_ids, new)
             if prompt.reference not in known.references:
                 known.references.append(prompt.reference)
+                known.origins.append(prompt.origin)
     return list(inputs.values())
 
 
@@ -117,7 +120,8 @@ class Task:
         """
         check_task(metrics, labels, language)
         inputs = inputs_of(rows, tokenizer, data_config) if metrics else []
-        check_references(metrics, [one.references for one in inputs], language=language)
+        references, origins = [one.references for one in inputs], [one.origins for one in inputs]
+        check_references(metrics, references, origins, language=language)
         return cls(
             inputs=inputs,
             tokenizer=tokenizer,
@@ -177,11 +181,11 @@ def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
     """The labels as the references write them, white space around included, because it makes other tokens."""
     written: dict[str, str] = {}
     for one in inputs:
-        for text in one.references:
+        for text, origin in zip(one.references, one.origins, strict=True):
             written.setdefault(text.strip(), text)
             if given and text.strip() not in {label.strip() for label in given}:
                 raise DataError(
-                    f"{one.prompt.origin}: accuracy: expected one of the labels {', '.join(given)} as "
+                    f"{origin}: accuracy: expected one of the labels {', '.join(given)} as "
                     f"reference; got {text.strip()[:60]!r}",
                     hint="give all labels, as the rows write them, but for white space around",
                 )

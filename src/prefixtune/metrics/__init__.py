@@ -140,10 +140,19 @@ def check_metrics(names: Sequence[str]) -> None:
         raise ConfigError(f"metric: {', '.join(twice)} is named twice")
 
 
-def check_references(names: Sequence[str], references: Sequence[Sequence[str]], *, language: str) -> None:
-    """Raise DataError where the references cannot be scored, so that no answers are made in vain."""
+def check_references(
+    names: Sequence[str],
+    references: Sequence[Sequence[str]],
+    origins: Sequence[Sequence[str]],
+    *,
+    language: str,
+) -> None:
+    """Raise DataError where the references cannot be scored, so that no answers are made in vain.
+
+    `origins` names the row of each reference.
+    """
     if "json_equal" in names:
-        check_json(references)
+        check_json(references, origins)
     if set(names) & set(ROUGE):
         check_words(references, language=_settled(language, references))
 

@@ -30,12 +30,13 @@ def json_equal(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     return sum(hits) / len(hits)
 
 
-def check_json(references: Sequence[Sequence[str]]) -> None:
-    """Raise DataError where a reference is not JSON."""
+def check_json(references: Sequence[Sequence[str]], origins: Sequence[Sequence[str]] | None = None) -> None:
+    """Raise DataError where a reference is not JSON; `origins` names the row of each."""
     for index, texts in enumerate(references):
-        for text in texts:
+        for place, text in enumerate(texts):
             if not _parses(text):
-                raise DataError(f"json_equal: references[{index}] is not JSON: {text[:60]!r}")
+                where = origins[index][place] if origins else f"references[{index}]"
+                raise DataError(f"{where}: json_equal: the reference is not JSON: {text[:60]!r}")
 
 
 def _parse(text: str) -> Any:
