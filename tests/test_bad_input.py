@@ -381,6 +381,15 @@ def test_rows_that_a_metric_cannot_use_are_told(place: Path, options: list[Any],
     refused(place, *use("evaluate", place / "prefix", *options), said=said)
 
 
+def test_answers_never_replace_what_is_read(place: Path, tmp_path: Path) -> None:
+    for output in ("rows.jsonl", "prefix/prefix.json"):
+        refused(place, *use("evaluate", place / "prefix", "--output", place / output), said="would be lost")
+    rows = tmp_path / "my.metrics.json"  # where the metrics would be written
+    rows.write_text("[]")
+    args = ["evaluate", "--prefix", place / "prefix", "--data", rows, "--output", tmp_path / "my.jsonl"]
+    refused(tmp_path, *args, said="would be lost")
+
+
 def edit(**changes: Any) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         info = json.loads((folder / "prefix.json").read_text())

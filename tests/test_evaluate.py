@@ -285,6 +285,13 @@ def test_a_reference_that_cannot_be_used_is_told_with_its_own_row(options: Any, 
         evaluate(bare(), TOKENIZER, rows, DataConfig(), progress=False, **options)
 
 
+def test_an_empty_reference_is_no_label_and_is_told_with_its_row() -> None:
+    rows = asked(("one", "yes"), ("two", "no"), ("three", " "))
+    with pytest.raises(DataError, match="r:3: accuracy: the reference is empty") as told:
+        evaluate(bare(), TOKENIZER, rows, DataConfig(), metrics=["accuracy"], progress=False)
+    assert "take the row out" in str(told.value.hint)
+
+
 def test_one_or_many_references_are_no_labels() -> None:
     for number in (1, 21):
         rows = asked(*((f"q{i}", f"a{i}") for i in range(number)))

@@ -230,6 +230,11 @@ def test_empty_answers_score_and_do_not_fail() -> None:
     assert set(found.values()) == {0.0}
 
 
+def test_empty_answer_to_an_empty_reference_is_right_but_not_for_rouge_score() -> None:
+    found = score(["exact_match", "token_f1", "rouge1", "rougeL"], ["red", ""], [["red"], [""]])
+    assert found == {"exact_match": 1.0, "token_f1": 1.0, "rouge1": 0.5, "rougeL": 0.5}
+
+
 def test_every_metric_is_in_its_documents() -> None:
     table = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert [name for name in METRICS if f"`{name}`" not in table] == []

@@ -182,6 +182,11 @@ def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
     written: dict[str, str] = {}
     for one in inputs:
         for text, origin in zip(one.references, one.origins, strict=True):
+            if not text.strip():
+                raise DataError(
+                    f"{origin}: accuracy: the reference is empty, which is no label",
+                    hint="take the row out, or write a word for it, such as none",
+                )
             written.setdefault(text.strip(), text)
             if given and text.strip() not in {label.strip() for label in given}:
                 raise DataError(

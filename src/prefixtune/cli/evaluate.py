@@ -96,6 +96,8 @@ def evaluate(
     metrics = [*metrics, "accuracy"] if labels and "accuracy" not in metrics else metrics
     exact_match = exact_match if exact_match is not None else metrics != ["accuracy"]
     _check_output(output, has_answers=exact_match or bool(metrics))
+    if output is not None:
+        _check_replaced(output, [Path(data), forgetting_text, *_files_of(prefix_folder)])
     _check_metrics(metrics, labels, language)
     if (forgetting or forgetting_text is not None) and prefix_folder is None:
         raise ConfigError("--forgetting compares a prefix with its base, and no --prefix is given")
@@ -163,13 +165,39 @@ def _check_output(output: Path | None, *, has_answers: bool) -> None:
         )
 
 
+def _check_replaced(output: Path, kept: Sequence[Path | None]) -> None:
+    for path in (output, _beside(output)):
+        for source in kept:
+            if source and path.exists() and path.resolve().is_relative_to(source.resolve()):
+                raise ConfigError(
+                    f"--output {output}: {path} would be lost, which this command reads or a run wrote",
+                    hint="name another file",
+                )
+
+
+def _files_of(prefix_folder: Path | None) -> list[Path]:
+    """What a prefix's folder and its run consist of; answers may lie beside them."""
+    if prefix_folder is None:
+        return []
+    from prefixtune import storage
+    from prefixtune.train import folder
+
+    names = [storage.TENSORS, storage.TRAINABLE, storage.INFO, storage.CARD, folder.RUN, folder.METRICS]
+    names += [folder.RETENTION, folder.RATES, folder.QUESTIONS, folder.COMPARISON]
+    return [prefix_folder / name for name in names]
+
+
+def _beside(output: Path) -> Path:
+    return output.with_suffix(".metrics.json")
+
+
 def _write(result: Any, output: Path) -> None:
     """The answers, and beside a real file its metrics: answers.jsonl has answers.metrics.json."""
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in result.samples]
     output.write_text("".join(lines), encoding="utf-8")
     say(f"{len(lines)} answers written to {output}")
     if output.is_file():
-        beside = output.with_suffix(".metrics.json")
+        beside = _beside(output)
         values = {name: value for name, value in result.to_dict().items() if name != "samples"}
         beside.write_text(to_json(values) + "\n", encoding="utf-8")
         say(f"the metrics written to {beside}")
