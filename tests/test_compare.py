@@ -14,6 +14,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -428,6 +429,27 @@ def test_other_weights_or_settings_at_the_same_place_are_another_base(model: Pat
     assert len(set(files)) == len({one.key for one in rows}) == 3
     with pytest.raises(RunError, match="other weights than when data"):
         run_cell(plan, cell, rows[0], tmp_path)
+
+
+def test_other_rows_in_a_folder_and_other_packages_have_the_rows_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(answer: str) -> str:
+        for part in ("train", "dev"):
+            rows = datasets.Dataset.from_list([{"output": answer if part == "dev" else "same"}])
+            rows.save_to_disk(tmp_path / "rows" / part)
+            (tmp_path / "rows" / part / "state.json").write_text("{}")  # it has a hash of its own
+        (tmp_path / "rows" / "dataset_dict.json").write_text('{"splits": ["train", "dev"]}')
+        return plan_of({"train": str(tmp_path / "rows"), "eval": "demo:heldout"}).data_key()
+
+    before = key("a")
+    assert key("a") == before != key("b")
+    for package in ("prefixtune", "transformers", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", lambda name, package=package: str(name == package))
+            found = key("a")
+            patch.setattr("importlib.metadata.version", lambda name: "False")
+            assert key("a") != found
 
 
 def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path) -> None:

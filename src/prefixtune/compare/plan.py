@@ -147,6 +147,7 @@ class Plan:
         """A hash of all that decides which rows there are and how they read."""
         config = self.config
         parts = {
+            "packages": versions(("prefixtune", "torch", "transformers", "tokenizers")),
             "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],
             "rows": [max(config.train_rows, default=None), config.eval_rows],  # type: ignore[type-var]
@@ -190,12 +191,15 @@ def _defaults() -> dict[str, Any]:
 
 
 def _file_key(source: str | None) -> str | None:
-    """The contents of a file; of anything else the name."""
+    """The contents of a file, or of a folder that `datasets` wrote; of anything else the name."""
     path = Path(source) if source else None
-    if path is None or not path.is_file():
+    if path is not None and path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path is None or not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return source
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest([[file.relative_to(path).as_posix(), _file_key(str(file))] for file in files])
 
 
 def _model_files(model: str) -> list[Any]:
