@@ -702,6 +702,21 @@ def test_rows_that_are_dropped_do_not_count_among_the_rows_to_train_on(model: Pa
         make_rows(plan)
 
 
+def test_evaluation_rows_come_from_a_split_of_their_own(model: Path, tmp_path: Path) -> None:
+    def rows(answer: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"instruction": "a", "input": "", "output": answer}])
+
+    source = str(tmp_path / "rows")
+    datasets.DatasetDict({"train": rows("train"), "dev": rows("dev")}).save_to_disk(source)
+    values = {"model": str(model), "train": source, "eval": source, "forgetting": False}
+    found = make_rows(plan_of(values, data={"eval_split": "dev"}))
+    assert [question.references for question in found.questions] == [("dev",)]
+    assert [example.origin for example in (*found.train, *found.eval)] == ["rows[0]", "rows[0]"]
+    assert found.train != found.eval
+    with pytest.raises(ConfigError, match="the split 'train' is trained on"):
+        make_rows(plan_of(values))
+
+
 def test_report_makes_the_page_again_from_the_folder(folder: Folder) -> None:
     pytest.importorskip("matplotlib")
     page = folder.path / "out" / "report.md"

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data import Row, load_rows, parse_fields
+from prefixtune.data import Row, check_splits, load_rows, parse_fields
 from prefixtune.data.row import field_text
 from prefixtune.errors import ConfigError, DataError
 
@@ -128,6 +128,19 @@ def test_split_chooses_among_those_of_a_folder(tmp_path: Path) -> None:
     assert [row.values for row in load_rows(source, split="dev")] == ROWS[:1]
     message = refusal(source, split="test")
     assert "no split 'test'; there are train, dev" in message
+
+
+def test_one_split_is_not_for_training_and_evaluation_both(tmp_path: Path) -> None:
+    source, file = saved_as("splits", tmp_path), saved_as("jsonl", tmp_path)
+    for same in (source, str(tmp_path / "x" / ".." / "rows")):
+        with pytest.raises(ConfigError, match=r"the split 'train' is trained on.*\n.*--eval-split"):
+            check_splits(source, same, split="train", eval_split="train")
+    with pytest.raises(ConfigError, match="owner/rows: the split 'train'"):
+        check_splits("owner/rows", "owner/rows", split="train", eval_split="train")
+    check_splits(source, source, split="train", eval_split="dev")
+    check_splits(source, "owner/rows", split="train", eval_split="train")
+    for whole in (file, "demo", "none.json"):  # without splits, or told as missing by `load_rows`
+        check_splits(whole, whole, split="train", eval_split="train")
 
 
 def test_fields_rename_columns_and_leave_the_others(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -397,6 +398,19 @@ def test_damaged_run_record_is_told(place: Path, run_folder: Path) -> None:
         message = fail(*options(place, run_folder, *SHORT_RUN, "--resume"))
         assert "run.json" in message.replace("\n", "")
         assert "damaged" in message
+
+
+def test_evaluation_rows_come_from_a_split_of_their_own(place: Path, tmp_path: Path) -> None:
+    files = {"train": place / "rows.jsonl", "dev": place / "eval.jsonl"}
+    rows = {name: map(json.loads, file.read_text().splitlines()) for name, file in files.items()}
+    splits = {name: datasets.Dataset.from_list(list(part)) for name, part in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "rows")
+    both = ["--data", tmp_path / "rows", "--eval-data", tmp_path / "rows"]
+    line = [*options(place, tmp_path / "run", *SHORT_RUN, evaluates=False), *both, "--json"]
+    assert "--eval-split" in fail(*line, code=2)
+    found = json.loads(succeed(*line, "--eval-split", "dev").stdout)
+    separate = json.loads(succeed(*options(place, tmp_path / "files", *SHORT_RUN), "--json").stdout)
+    assert found["base_loss"] == separate["base_loss"]
 
 
 def test_folder_in_use_is_refused_and_kept(place: Path, run_folder: Path) -> None:

@@ -214,6 +214,7 @@ class DataConfig(_Config):
     )
     max_length: int = option(512, "longest row in tokens; what is cut is counted and shown")
     split: str = option("train", "which split of a hub data set or DatasetDict to read")
+    eval_split: str | None = option(None, "which split to evaluate on; that of --split unless given")
     on_no_target: str = option(
         "error",
         "a row without target tokens stops the run, or is dropped and counted",
@@ -223,6 +224,10 @@ class DataConfig(_Config):
 
     def check(self) -> None:
         _positive(self, "max_length", "limit")
+
+    @property
+    def evaluated_split(self) -> str:
+        return self.eval_split or self.split
 
 
 @dataclass(frozen=True, kw_only=True)

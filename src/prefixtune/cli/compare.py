@@ -16,6 +16,7 @@ from prefixtune.errors import ConfigError, MissingExtraError
 __all__ = ["compare", "report"]
 
 FOLDER = click.Path(path_type=Path)
+DATA_OPTIONS = ("template", "fields", "max_length", "split", "eval_split", "on_no_target")
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
@@ -55,7 +56,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="longest answer; by the longest reference")
 @click.option("--forgetting/--no-forgetting", default=None, help="measure it  [default: on]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="precision of the base")
-@config_options("data", only=("template", "fields", "max_length", "split", "on_no_target"), files=False)
+@config_options("data", only=DATA_OPTIONS, files=False)
 @click.option(
     "--output", type=FOLDER, help="folder of the comparison; what is finished there is not run again"
 )

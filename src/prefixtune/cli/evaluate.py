@@ -66,7 +66,11 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="write all answers with their references to this file, as JSON lines, and the metrics beside it",
 )
-@config_options("data", defaults={"template": "what the prefix was trained with, else as train has it"})
+@config_options(
+    "data",
+    only=("template", "fields", "max_length", "split", "on_no_target", "limit"),
+    defaults={"template": "what the prefix was trained with, else as train has it"},
+)
 @json_option
 def evaluate(
     model: str | None,

@@ -11,7 +11,7 @@ from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import Plan, digest
 from prefixtune.compare.rows import Question, Rows
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Row, build_examples, build_prompts, load_rows, parse_fields
+from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
 from prefixtune.errors import DataError
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
@@ -39,10 +39,12 @@ def make_rows(plan: Plan) -> Rows:
     limit = max(config.train_rows, default=None) or plan.data.limit  # type: ignore[type-var]
     assert config.train is not None
     assert config.eval is not None
-    read = load_rows(config.train, fields=fields, split=plan.data.split, limit=limit)
+    split, eval_split = plan.data.split, plan.data.evaluated_split
+    check_splits(config.train, config.eval, split=split, eval_split=eval_split)
+    read = load_rows(config.train, fields=fields, split=split, limit=limit)
     if config.train_rows and len(read) < max(config.train_rows):
         raise DataError(f"{config.train}: expected {max(config.train_rows):,} rows; got {len(read):,}")
-    eval_read = load_rows(config.eval, fields=fields, split=plan.data.split)
+    eval_read = load_rows(config.eval, fields=fields, split=eval_split)
     base = load_base(config.model, dtype=config.dtype)
     if base.tokenizer is None:
         raise DataError(f"{config.model} has no tokenizer, so rows of text cannot be read")

@@ -19,7 +19,7 @@ from prefixtune.data.examples import (
 )
 from prefixtune.data.row import Row
 from prefixtune.data.show import example_text
-from prefixtune.data.sources import load_rows, parse_fields
+from prefixtune.data.sources import check_splits, load_rows, parse_fields
 from prefixtune.data.templates import added_tokens
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "added_tokens",
     "build_examples",
     "build_prompts",
+    "check_splits",
     "default_template",
     "example_text",
     "fix_date",

@@ -11,7 +11,7 @@ from prefixtune.data.files import READERS
 from prefixtune.data.row import Row, missing_field, sharegpt_messages
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["load_rows", "parse_fields"]
+__all__ = ["check_splits", "load_rows", "parse_fields"]
 
 _FORMATS = "JSON, JSONL, NDJSON, CSV, TSV or Parquet"
 _DEMO = {"demo": "train", "demo:train": "train", "demo:heldout": "heldout"}
@@ -81,6 +81,26 @@ def load_rows(
     if not rows:
         raise DataError(f"{source}: the data set is empty; there is no row in it")
     return rows
+
+
+def check_splits(data: str, eval_data: str, *, split: str, eval_split: str) -> None:
+    """Refuse to evaluate on the split that is trained on. A file, which has no splits, may be given twice.
+
+    Raises:
+        ConfigError: both are the same split of the same data set.
+    """
+    if split == eval_split and Path(data).resolve() == Path(eval_data).resolve() and _has_splits(data):
+        raise ConfigError(
+            f"{eval_data}: the split '{eval_split}' is trained on, so it says nothing of other rows",
+            hint="name the split to evaluate on with --eval-split, or eval_split in a file's [data]",
+        )
+
+
+def _has_splits(source: str) -> bool:
+    path = Path(source)
+    if path.exists():
+        return (path / "dataset_dict.json").is_file()
+    return source not in _DEMO and not _looks_like_path(source)
 
 
 def _rename(row: Row, fields: Mapping[str, str]) -> Row:
@@ -172,7 +192,8 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(
-                f"{path}: no split '{split}'; there are {', '.join(loaded)}", hint="choose with --split"
+                f"{path}: no split '{split}'; there are {', '.join(loaded)}",
+                hint="choose with --split (--eval-split for the evaluation rows of train and compare)",
             )
         loaded = loaded[split]
     return _dataset_rows(loaded, path.name or str(path))

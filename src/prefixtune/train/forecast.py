@@ -10,7 +10,7 @@ import torch
 
 from prefixtune.attachment import packs
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example, build_examples, load_rows, parse_fields
+from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import empty_model, load_tokenizer, placement, weight_files
 from prefixtune.loss import PASS_TOKENS, group_rows, pack_rows
@@ -130,10 +130,13 @@ def forecast_for(
     dtype, place = placement(config.dtype, device)
     files = weight_files(model)
     fields = parse_fields(data_config.fields)
-    sources = ((data, data_config.limit), (eval_data, None))
+    split, eval_split = data_config.split, data_config.evaluated_split
+    if data is not None and eval_data is not None:
+        check_splits(data, eval_data, split=split, eval_split=eval_split)
+    sources = ((data, split, data_config.limit), (eval_data, eval_split, None))
     rows = [
-        load_rows(source, fields=fields, split=data_config.split, limit=limit) if source is not None else []
-        for source, limit in sources
+        load_rows(source, fields=fields, split=part, limit=limit) if source is not None else []
+        for source, part, limit in sources
     ]
     while_loading = resident(place)  # a run reads its tokenizer after the weights
     tokenizer = load_tokenizer(model) if data or eval_data or files else None

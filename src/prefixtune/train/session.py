@@ -12,7 +12,15 @@ from typing import Any
 from transformers import set_seed
 
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
-from prefixtune.data import Example, build_examples, default_template, fix_date, load_rows, parse_fields
+from prefixtune.data import (
+    Example,
+    build_examples,
+    check_splits,
+    default_template,
+    fix_date,
+    load_rows,
+    parse_fields,
+)
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.generate import check_ids
@@ -240,10 +248,11 @@ def _load(
 ) -> tuple[list[Example], list[Example] | None, LoadedBase]:
     """Rows before the model: a wrong data file is told at once."""
     fields = parse_fields(data_config.fields)
-    rows = load_rows(data, fields=fields, split=data_config.split, limit=data_config.limit)
-    eval_rows = (
-        load_rows(eval_data, fields=fields, split=data_config.split) if eval_data is not None else None
-    )
+    split, eval_split = data_config.split, data_config.evaluated_split
+    if eval_data is not None:
+        check_splits(data, eval_data, split=split, eval_split=eval_split)
+    rows = load_rows(data, fields=fields, split=split, limit=data_config.limit)
+    eval_rows = load_rows(eval_data, fields=fields, split=eval_split) if eval_data is not None else None
     base = load_base(model, dtype=began["dtype"] if began else config.dtype, quantize=config.quantize)
     if base.tokenizer is None:
         raise DataError(
