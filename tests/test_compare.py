@@ -702,6 +702,34 @@ def test_rows_that_are_dropped_do_not_count_among_the_rows_to_train_on(model: Pa
         make_rows(plan)
 
 
+def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "gpt2")  # of 128 positions
+
+    def make(letters: int, *methods: str, **values: Any) -> Rows:
+        file = tmp_path / "eval.json"
+        file.write_text(json.dumps([{"instruction": "i" * letters, "input": "", "output": "a"}]))
+        plan = make_plan(model, eval=str(file), methods=methods, forgetting=False, **values)
+        return make_rows(plan)
+
+    def refused(*args: Any, **values: Any) -> str:
+        with pytest.raises(DataError) as told:
+            make(*args, **values)
+        return told.value.message
+
+    other = len(make(1, "lora", "prefix").eval[0].input_ids) - 1  # tokens of a row but for its instruction
+    fits = 128 - other
+    make(fits, "base", "lora")
+    assert refused(fits + 1, "lora") == "eval.json:1: 129 tokens do not fit into the 128 positions of gpt2"
+    for name in ("prefix", "prompt-tuning"):
+        make(fits - LENGTH, "lora", name)
+        assert f"after a prefix of {LENGTH}" in refused(fits - LENGTH + 1, "lora", name)
+    answered = {"metrics": ("exact_match",), "max_new_tokens": 40}
+    assert "with an answer of up to 40" in refused(fits - LENGTH, "lora", **answered)
+    short = {"settings": {"short": {"of": "prefix", "length": 2}}}
+    make(fits - 2, "short", **short)
+    assert "after a prefix of 11" in refused(fits - 10, "prefix", settings={})  # by the number of rows
+
+
 def test_evaluation_rows_come_from_a_split_of_their_own(model: Path, tmp_path: Path) -> None:
     def rows(answer: str) -> datasets.Dataset:
         return datasets.Dataset.from_list([{"instruction": "a", "input": "", "output": answer}])

@@ -31,7 +31,7 @@ from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.prefix import count_parameters
 from prefixtune.train import default_length, default_start, planned_steps, prefix_config_of, trainer_for
 
-__all__ = ["run_cell"]
+__all__ = ["answer_limit", "run_cell"]
 
 BATCH = 16  # answers at a time
 SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
@@ -323,21 +323,23 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
 
 def _answers(plan: Plan, contender: Contender, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
     asked = [_joined(contender.context, question.input_ids, tokenizer) for question in questions]
-    limit = plan.config.max_new_tokens or _longest(questions, tokenizer, plan.data.max_length)
     return generate_batch(
         contender.model,
         tokenizer,
         asked,
-        max_new_tokens=limit,
+        max_new_tokens=answer_limit(plan, questions, tokenizer),
         template=plan.data.template,
         batch_size=BATCH,
     )
 
 
-def _longest(questions: Sequence[Question], tokenizer: Any, limit: int) -> int:
+def answer_limit(plan: Plan, questions: Sequence[Question], tokenizer: Any) -> int:
+    """Tokens of an answer at most."""
+    if plan.config.max_new_tokens is not None:
+        return plan.config.max_new_tokens
     texts = [reference for question in questions for reference in question.references]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    return min(longest + SPARE_TOKENS, limit)  # longer ones were cut in training too
+    return min(longest + SPARE_TOKENS, plan.data.max_length)  # longer ones were cut in training too
 
 
 def _after(before: Sequence[int], example: Example, tokenizer: Any) -> Example:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from prefixtune.compare.cell import answer_limit
 from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import Plan, digest
 from prefixtune.compare.rows import Question, Rows
@@ -15,16 +16,18 @@ from prefixtune.data import Example, Row, build_examples, build_prompts, check_s
 from prefixtune.errors import DataError
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
-from prefixtune.geometry import Fingerprint
+from prefixtune.geometry import Fingerprint, Geometry
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note
 from prefixtune.task import inputs_of
+from prefixtune.train.defaults import length_for
 
 __all__ = ["make_rows"]
 
 NEUTRAL_SEED = 0
 TIMED_ROWS = 16
+VIRTUAL = ("prefix", "prompt-tuning", "p-tuning", "peft-prefix")  # kinds whose virtual tokens take positions
 LOSS_REFERENCES = 2  # of an input: more cost time and change the mean over tokens little
 
 
@@ -35,16 +38,7 @@ def make_rows(plan: Plan) -> Rows:
         DataError, ModelError, ConfigError: the input cannot be used.
     """
     config = plan.config
-    fields = parse_fields(plan.data.fields)
-    limit = max(config.train_rows, default=None) or plan.data.limit  # type: ignore[type-var]
-    assert config.train is not None
-    assert config.eval is not None
-    split, eval_split = plan.data.split, plan.data.evaluated_split
-    check_splits(config.train, config.eval, split=split, eval_split=eval_split)
-    read = load_rows(config.train, fields=fields, split=split, limit=limit)
-    if config.train_rows and len(read) < max(config.train_rows):
-        raise DataError(f"{config.train}: expected {max(config.train_rows):,} rows; got {len(read):,}")
-    eval_read = load_rows(config.eval, fields=fields, split=eval_split)
+    read, eval_read = _read(plan)
     base = load_base(config.model, dtype=config.dtype)
     if base.tokenizer is None:
         raise DataError(f"{config.model} has no tokenizer, so rows of text cannot be read")
@@ -60,6 +54,7 @@ def make_rows(plan: Plan) -> Rows:
     examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
     note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
     check_ids(base.model, (example.input_ids for example in [*train, *examples]))
+    _check_positions(plan, base, train, examples, questions)
     about = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "dtype_reason": base.dtype_reason,
@@ -83,6 +78,57 @@ def make_rows(plan: Plan) -> Rows:
             "seconds_per_new_token": seconds,
         },
     )
+
+
+def _read(plan: Plan) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, as many as are asked for, and all rows to measure on."""
+    config, data = plan.config, plan.data
+    assert config.train is not None
+    assert config.eval is not None
+    check_splits(config.train, config.eval, split=data.split, eval_split=data.evaluated_split)
+    fields, limit = parse_fields(data.fields), max(config.train_rows, default=None) or data.limit  # type: ignore[type-var]
+    read = load_rows(config.train, fields=fields, split=data.split, limit=limit)
+    if config.train_rows and len(read) < max(config.train_rows):
+        raise DataError(f"{config.train}: expected {max(config.train_rows):,} rows; got {len(read):,}")
+    return read, load_rows(config.eval, fields=fields, split=data.evaluated_split)
+
+
+def _check_positions(
+    plan: Plan,
+    base: LoadedBase,
+    train: Sequence[Example],
+    examples: Sequence[Example],
+    questions: Sequence[Question],
+) -> None:
+    """Raise DataError where an evaluation row has no positions left, which cells would tell once trained."""
+    geometry = Geometry.probe(base.model)
+    if geometry.max_positions is None or geometry.positions_extrapolate:
+        return
+    needed, what = max((len(example.input_ids), f"{example.origin}: ") for example in examples)
+    if plan.config.metrics:
+        limit = answer_limit(plan, questions, base.tokenizer)
+        answered = max(len(question.input_ids) for question in questions) + limit
+        if answered > needed:
+            needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {limit}: "
+    prefix = _longest_prefix(plan, base.model, train)
+    if prefix + needed > geometry.max_positions:
+        raise DataError(
+            f"{what}{needed} tokens{f' after a prefix of {prefix}' if prefix else ''} do not fit into the "
+            f"{geometry.max_positions} positions of {geometry.model_type}",
+            hint="use a smaller --max-length, --max-new-tokens or length of the prefix",
+        )
+
+
+def _longest_prefix(plan: Plan, model: Any, train: Sequence[Example]) -> int:
+    """Virtual tokens of the method that has most of them."""
+    lengths = [0]
+    for cell in plan.cells:
+        method, rows = cell.method, train[: cell.rows]
+        if method.of in VIRTUAL and cell.seed == 1:
+            length = method.options.get("length") or (plan.prefix_length if method.needs_peft else None)
+            longest = max(rows, key=lambda example: len(example.input_ids))
+            lengths.append(length or length_for(model, len(rows), longest))
+    return max(lengths)
 
 
 def _described(model: Any) -> dict[str, Any]:
