@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -387,6 +387,24 @@ def test_what_others_follow_of_the_prefix_changes_their_keys(model: Path) -> Non
         assert [name for name in before if before[name] != after[name]] == changed
 
 
+def test_a_cell_is_known_by_the_rows_that_it_trains_on(model: Path) -> None:
+    def keys(*counts: int, **values: Any) -> dict[str, str]:
+        methods = ("base", "prompt", "lora")
+        plan = make_plan(model, methods=methods, train_rows=counts, forgetting=False, **values)
+        rows = replace(known, train=known.train[: max(counts)])
+        return {cell.name: plan.cell_key(cell, rows.key(plan.rows_of(cell))) for cell in plan.cells}
+
+    known = make_rows(make_plan(model, forgetting=False))
+    few, more = keys(4, 8), keys(4, 8, 12)
+    assert set(more) - set(few) == {"lora-12rows-1"}
+    assert all(more[name] == key for name, key in few.items())
+    told = keys(4, 8, instruction="Count")
+    known = replace(known, train=known.train[1:])  # other rows, the same number
+    assert [name for name, key in keys(4, 8).items() if key == few[name]] == ["base-1"]
+    again = keys(4, 8, instruction="Count")
+    assert [name for name, key in again.items() if key == told[name]] == ["base-1", "prompt-1"]
+
+
 def test_an_edited_metric_and_other_packages_change_the_key(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,7 +444,7 @@ def test_other_weights_or_settings_at_the_same_place_are_another_base(model: Pat
         rows.append(make_rows(plan))
         (place / "generation_config.json").write_text('{"repetition_penalty": 1.5}', encoding="utf-8")
     assert rows[0].train == rows[1].train == rows[2].train
-    assert len(set(files)) == len({one.key for one in rows}) == 3
+    assert len(set(files)) == len({one.key(0) for one in rows}) == 3
     with pytest.raises(RunError, match="other weights than when data"):
         run_cell(plan, cell, rows[0], tmp_path)
 

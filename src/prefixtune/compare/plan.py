@@ -157,10 +157,16 @@ class Plan:
         }
         return digest(parts)
 
+    def rows_of(self, cell: Cell) -> int | None:
+        """How many of the first training rows decide a cell's numbers; None where all do."""
+        if cell.method.trains:
+            return cell.rows
+        return 1 if cell.method.of == "prompt" and self.config.instruction is None else 0
+
     def cell_key(self, cell: Cell, data: str) -> str:
         """A hash of all that decides a cell's answers, and after a colon one of the metrics that score them.
 
-        `data` is the hash of the rows and the base.
+        `data` is the hash of its rows and the base.
         """
         from prefixtune import __version__
 

@@ -44,10 +44,14 @@ class Rows:
     neutral_losses: tuple[float, ...]
     about: Mapping[str, Any]
 
-    @property
-    def key(self) -> str:
-        """A hash of the rows as the models see them, of the answers, and of the base in its precision."""
+    def key(self, trained: int | None = None) -> str:
+        """A hash of the rows as the models see them, of the answers, and of the base in its precision.
+
+        Args:
+            trained: how many of the first training rows are in it; all unless given.
+        """
         rows = {name: value for name, value in self._plain().items() if name != "neutral_losses"}
+        rows["train"] = rows["train"][:trained]
         return digest({**rows, "dtype": self.about["dtype"], "base": self.about["base"]})
 
     def _plain(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ cells/NAME/ (what was trained, and its answers), results.json.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -149,8 +150,8 @@ class _Bench:
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> None:
-        cells, data = self.plan.cells, self.rows.key
-        keys = {cell.name: self.plan.cell_key(cell, data) for cell in cells}
+        cells, data = self.plan.cells, functools.cache(self.rows.key)
+        keys = {cell.name: self.plan.cell_key(cell, data(self.plan.rows_of(cell))) for cell in cells}
         for cell in cells:
             finished = self._finished(cell, keys[cell.name])
             if finished is not None:
