@@ -18,6 +18,7 @@ import datasets
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from filelock import FileLock
 
 from families import tiny_model
 from operations import Operations
@@ -680,6 +681,15 @@ def test_results_hold_the_columns_and_what_they_carry(folder: Folder) -> None:
     assert row["peak_memory_bytes"] == cell["peak_memory_bytes"] > 50e6  # of a process of its own
     assert cell["versions"] == found["versions"]
     assert {"settings", "seeds", "versions", "machine", "command"} <= found.keys()
+
+
+def test_a_folder_that_another_process_compares_in_is_refused_and_kept(folder: Folder) -> None:
+    files = {path: path.read_bytes() for path in (folder.path / "out").rglob("*") if path.is_file()}
+    with FileLock(folder.path / "out" / ".lock"):
+        result = invoke(*folder.arguments("prefix"))
+    assert result.exit_code == 1
+    assert "another process trains in it" in result.stderr
+    assert all(path.read_bytes() == content for path, content in files.items())
 
 
 def test_a_finished_cell_is_not_run_again(folder: Folder) -> None:

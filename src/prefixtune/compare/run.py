@@ -25,6 +25,7 @@ from prefixtune.compare.scoring import check_scoring, read_answers, score_answer
 from prefixtune.errors import PrefixTuneError, RunError
 from prefixtune.metrics import check_metrics
 from prefixtune.progress import note, progress_bar
+from prefixtune.train.folder import in_use
 
 __all__ = ["DATA", "RESULTS", "compare"]
 
@@ -41,12 +42,18 @@ def compare(plan: Plan, output: Path, *, command: str = "") -> dict[str, Any]:
     Raises:
         MissingExtraError: a package that a method or a metric needs is not installed.
         DataError, ModelError, ConfigError: the input cannot be used.
+        RunError: another process has the folder.
         KeyboardInterrupt: stopped by Ctrl-C; finished cells and their results are kept.
     """
     check_metrics(plan.config.metrics)
     if any(method.needs_peft for method in plan.methods):
         _require_peft()
-    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    with in_use(output):
+        return _compare(plan, output, command)
+
+
+def _compare(plan: Plan, output: Path, command: str) -> dict[str, Any]:
+    (output / CELLS).mkdir(exist_ok=True)
     rows = _rows(plan, output)
     if plan.config.metrics:
         check_scoring(plan.config.metrics, rows.questions)
