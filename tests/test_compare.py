@@ -510,6 +510,7 @@ def test_tables_say_the_same_in_any_order() -> None:
     [
         ("output = 5", "x.toml: output: expected the name of a folder; got 5"),
         ("[data]\nfield = 'input=mr'", "unknown option field hint: the options are"),
+        ("[data]\nlimit = 5", "limit: a comparison has no such option; got 5 hint: train_rows and eval_rows"),
         ("methods = 5", "methods: expected names; got 5"),
         ("methods = {lora = 1}", "methods: expected names; got {'lora': 1}"),
         ("train_rows = 5.5", "train_rows: expected whole numbers above 0; got 5.5"),

@@ -264,7 +264,13 @@ def plan_of(
         if not isinstance(table, Mapping):
             raise ConfigError(f"settings: expected a table [settings.{name}]; got {table!r}")
     methods = methods_of(config.methods, changes)
-    plan = Plan(config=config, data=DataConfig.from_dict(data or {}), methods=methods, changes=changes)
+    rows = DataConfig.from_dict(data or {})
+    if rows.limit is not None:
+        raise ConfigError(
+            f"data: limit: a comparison has no such option; got {rows.limit}",
+            hint="train_rows and eval_rows say how many rows are trained and measured on",
+        )
+    plan = Plan(config=config, data=rows, methods=methods, changes=changes)
     _check_names(plan.cells)
     return plan
 
