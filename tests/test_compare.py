@@ -539,6 +539,7 @@ def test_a_slip_in_the_file_is_told_as_the_users(line: str, words: str, tmp_path
         ({"methods": ("prefix",)}, {"prefix": {"packing": False}}, "decides that for all methods"),
         ({"methods": ("lora",)}, {"lora": {"rank": -1}}, "rank: expected more than 0"),
         ({"train_rows": 0}, {}, "train_rows"),
+        ({"train_rows": (4, 8, 4)}, {}, "train_rows: 4 is named twice"),
         ({"max_new_tokens": -1}, {}, "max_new_tokens: expected more than 0"),
         ({"trian": "x"}, {}, "unknown option trian"),
     ],

@@ -66,6 +66,9 @@ class CompareConfig(_Config):
         counts = self.train_rows
         if not isinstance(counts, tuple) or any(type(rows) is not int or rows <= 0 for rows in counts):
             raise ConfigError(f"train_rows: expected whole numbers above 0; got {self.train_rows!r}")
+        for rows in counts:
+            if counts.count(rows) > 1:
+                raise ConfigError(f"train_rows: {rows} is named twice")
         numbers = ("eval_rows", "seeds", "max_steps", "per_device_train_batch_size", "max_new_tokens")
         for name in (*numbers, "num_train_epochs"):
             value = getattr(self, name)
