@@ -757,7 +757,8 @@ def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: P
     assert "with an answer of up to 40" in refused(fits - LENGTH, "lora", **answered)
     short = {"settings": {"short": {"of": "prefix", "length": 2}}}
     make(fits - 2, "short", **short)
-    assert "after a prefix of 11" in refused(fits - 10, "prefix", settings={})  # by the number of rows
+    make(fits - 8, "prefix", settings={})  # one without a given length is shorter than by its number of rows
+    assert "leave 7 of the model's 128 positions to the prefix" in refused(fits - 7, "prefix", settings={})
 
 
 def test_evaluation_rows_come_from_a_split_of_their_own(model: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _check_positions(
         answered = max(len(question.input_ids) for question in questions) + limit
         if answered > needed:
             needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {limit}: "
-    prefix = _longest_prefix(plan, base.model, train)
+    prefix = _longest_prefix(plan, base.model, train, examples)
     if prefix + needed > geometry.max_positions:
         raise DataError(
             f"{what}{needed} tokens{f' after a prefix of {prefix}' if prefix else ''} do not fit into the "
@@ -119,14 +119,14 @@ def _check_positions(
         )
 
 
-def _longest_prefix(plan: Plan, model: Any, train: Sequence[Example]) -> int:
+def _longest_prefix(plan: Plan, model: Any, train: Sequence[Example], examples: Sequence[Example]) -> int:
     """Virtual tokens of the method that has most of them."""
     lengths = [0]
     for cell in plan.cells:
         method, rows = cell.method, train[: cell.rows]
         if method.of in VIRTUAL and cell.seed == 1:
-            length = method.options.get("length") or (plan.prefix_length if method.needs_peft else None)
-            longest = max(rows, key=lambda example: len(example.input_ids))
+            length = method.options.get("length") or plan.prefix.prefix_options.get("length")
+            longest = max((*rows, *examples), key=lambda example: len(example.input_ids))
             lengths.append(length or length_for(model, len(rows), longest))
     return max(lengths)
 
