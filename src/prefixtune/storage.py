@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,10 +232,10 @@ def write_folder(target: Path) -> Iterator[Path]:
         yield draft
         for file in draft.iterdir():
             _sync(file)
-        _sync(draft)
+        _sync_names(draft)
         draft.chmod(0o755)
         _exchange(draft, target)
-        _sync(target.parent)
+        _sync_names(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -249,7 +249,7 @@ def _exchange(draft: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as old:
         for name in {*names, TRAINABLE}:
             if (target / name).exists():
-                os.link(target / name, Path(old) / name)
+                _keep(target / name, Path(old) / name)
         try:
             for name in names:
                 os.replace(draft / name, target / name)
@@ -259,7 +259,16 @@ def _exchange(draft: Path, target: Path) -> None:
             for file in Path(old).iterdir():
                 os.rename(file, target / file.name)
             raise
-    _sync(target)
+    _sync_names(target)
+
+
+def _keep(file: Path, kept: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(file, kept)
+    except OSError:
+        shutil.copy2(file, kept)
+        _sync(kept)
 
 
 def _read_tensors(path: Path, expected: str) -> dict[str, Tensor]:
@@ -292,6 +301,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sync_names(folder: Path) -> None:
+    with suppress(OSError):  # some file systems sync files only
+        _sync(folder)
 
 
 def _card(info: Mapping[str, Any]) -> str:

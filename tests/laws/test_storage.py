@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -343,6 +345,30 @@ def test_saving_over_an_older_prefix_replaces_all_of_it(folder: Path, projection
     assert same(list(load(folder).prefix.parameters()), list(new.prefix.parameters()))
     assert (folder / "run.json").read_text() == "{}"
     assert (folder / "trainable.safetensors").exists() == projection
+
+
+def no_links(*_: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def syncs_files_only(handle: int) -> None:
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["replaces", "fails"])
+def test_prefix_is_replaced_where_the_file_system_has_no_hard_links(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    old, new = load(folder), trained("llama", projection=True, seed=9)
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "fsync", syncs_files_only)
+    if fails:  # between the first file and the second
+        monkeypatch.setattr(os, "replace", fail_at(2, os.replace))
+    failure = outcome(lambda: new.save_pretrained(folder), OSError)
+    assert (failure is not None) == fails
+    assert same(tensors(load(folder)), tensors(old if fails else new))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_sizes_on_disk_are_those_of_the_tensors(tmp_path: Path) -> None:
