@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from families import tiny_model
+from prefixtune.cli import main
+from tokenizers_for_tests import byte_tokenizer
 
 SCRIPT = """
 import sys
@@ -44,21 +54,26 @@ if trainer.is_world_process_zero():
 """
 
 
-def trained(output: Path, *, processes: int, batch: int, projection: bool) -> dict[str, object]:
-    output.mkdir()
-    script = output / "script.py"
-    script.write_text(SCRIPT, encoding="utf-8")
+def launched(script: Path, *args: Any, processes: int, home: Path) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*launch, str(script), str(output), str(batch), str(projection)],
-        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(output)},
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*launch, str(script), *(str(arg) for arg in args)],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "HOME": str(home), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def trained(output: Path, *, processes: int, batch: int, projection: bool) -> dict[str, object]:
+    output.mkdir()
+    script = output / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    done = launched(script, output, batch, projection, processes=processes, home=output)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = torch.load(output / "found.pt", weights_only=True)
     return found
@@ -72,3 +87,66 @@ def test_two_processes_train_as_one_does_on_the_rows_of_both(tmp_path: Path, pro
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
         for key, tensor in one["prefix"].items():  # type: ignore[attr-defined]
             assert torch.allclose(tensor, two["prefix"][key], atol=1e-4), key  # type: ignore[index]
+
+
+def command(place: Path, output: Path, *, batch: int) -> list[str]:
+    """`train` on 12 rows, 2 steps an epoch; the neutral text weighs nothing, as each process has its own."""
+    args = ["train", "--model", place / "model", "--data", place / "rows.jsonl", "--output", output]
+    args += ["--eval-data", place / "rows.jsonl", "--per-device-train-batch-size", batch, "--length", 4]
+    args += ["--num-train-epochs", 3, "--save-steps", 2, "--logging-steps", 1, "--retain", 1e-9]
+    return [str(arg) for arg in [*args, "--dtype", "float32", "--report-to", "none", "--json"]]
+
+
+def in_two(place: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    script = place / "command.py"
+    script.write_text("import torch, prefixtune.cli\ntorch.set_num_threads(1)\nprefixtune.cli.main()\n")
+    return launched(script, *command(place, output, batch=3), *more, processes=2, home=place)
+
+
+def in_one(place: Path, output: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, [*command(place, output, batch=6), *more])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, rows, and the same run in one process and in two."""
+    folder = tmp_path_factory.mktemp("command")
+    tiny_model("llama", vocab_size=len(byte_tokenizer())).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": "yes" * (1 + i % 3)} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    one, two = in_one(folder, folder / "one"), in_two(folder, folder / "two")
+    assert (one.exit_code, two.returncode) == (0, 0), two.stderr[-3000:]
+    (folder / "two.json").write_text(two.stdout, encoding="utf-8")
+    return folder
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_command_in_two_processes_trains_as_in_one_on_the_rows_of_both(place: Path) -> None:
+    result = json.loads((place / "two.json").read_text())  # one process tells it
+    assert result["steps"] == json.loads((place / "one" / "run.json").read_text())["resolved"]["steps"] == 6
+    for folder in ("", "best"):
+        one, two = (load_file(place / run / folder / "prefix.safetensors") for run in ("one", "two"))
+        for name, tensor in one.items():
+            assert torch.allclose(tensor, two[name], atol=1e-3), name
+    losses = [[entry["loss"] for entry in metrics(place / run) if "loss" in entry] for run in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_run_in_two_processes_goes_on_in_two_and_not_in_one(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "two", tmp_path / "two")
+    (tmp_path / "two" / "prefix.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoint-6")  # as it was at step 4, but for the log
+    refused = in_one(place, tmp_path / "two", "--resume", "--per-device-train-batch-size", "3")
+    assert refused.exit_code == 1
+    assert "begun in 2 processes; this is 1" in refused.stderr
+    done = in_two(place, tmp_path / "two", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_file(run / "two" / "prefix.safetensors") for run in (place, tmp_path))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert [entry["step"] for entry in metrics(tmp_path / "two")] == [
+        entry["step"] for entry in metrics(place / "two")
+    ]

@@ -8,10 +8,11 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-__all__ = ["note", "progress_bar"]
+__all__ = ["muted", "note", "progress_bar"]
 
 
 _RUNNING: ContextVar[Any] = ContextVar("running progress", default=None)
+_MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 
 @cache
@@ -23,7 +24,19 @@ def _console() -> Any:
 
 def note(text: str) -> None:
     """One line on stderr; a running bar moves below it."""
+    if _MUTED.get():
+        return
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def muted(is_muted: bool) -> Iterator[None]:
+    """No notes and no bars within, if so."""
+    token = _MUTED.set(is_muted or _MUTED.get())
+    try:
+        yield
+    finally:
+        _MUTED.reset(token)
 
 
 @contextmanager
@@ -32,7 +45,7 @@ def progress_bar(description: str | None, *, total: int) -> Iterator[Callable[[i
 
     A bar within another's block stands below it.
     """
-    if description is None:
+    if description is None or _MUTED.get():
         yield lambda count: None
         return
     running = _RUNNING.get()

@@ -67,4 +67,5 @@ def train(
         overwrite=overwrite,
         force=force,
     )
-    print_json(result.to_dict()) if as_json else click.echo(result.summary())
+    if room.is_first():
+        print_json(result.to_dict()) if as_json else click.echo(result.summary())

@@ -39,7 +39,7 @@ from prefixtune.loss import PASS_TOKENS, Passes
 from prefixtune.memory import readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
-from prefixtune.train import TrainResult, train_examples
+from prefixtune.train import TrainResult, one_process_only, train_examples
 from prefixtune.train.folder import COMPARISON, QUESTIONS, finished, open_run
 from prefixtune.train.forecast import check_weights
 
@@ -135,6 +135,7 @@ def distill(
         "train_config": config.to_dict(),
     }
     PrefixConfig(**options)  # wrong values before any work, and wrong files
+    one_process_only("distill", hint="only train takes several")
     given = read_questions(questions, fields=fields) if questions is not None and not resume else None
     if not text.strip() and not (instruction or "").strip():
         raise DataError(

@@ -2,7 +2,7 @@
 
 Reading order: `session` (from options to a finished run), `defaults` (what options leave open), `build` (its
 trainer), `trainer` (Trainer, its arguments, what happens at a step), `sampler` (the order of the rows),
-`folder` (what is on disk).
+`folder` (what is on disk), `processes` (who does what where there are several).
 Knows data and models by name only.
 """
 
@@ -17,6 +17,7 @@ from prefixtune.train.defaults import (
     prefix_config_of,
     warmup_steps_for,
 )
+from prefixtune.train.processes import is_first, one_process_only
 from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
 
@@ -27,6 +28,8 @@ __all__ = [
     "default_learning_rate",
     "default_length",
     "default_start",
+    "is_first",
+    "one_process_only",
     "planned_epochs",
     "planned_steps",
     "prefix_config_of",

@@ -161,21 +161,27 @@ def prefix_config_of(
 
 
 def resolve(
-    config: TrainConfig, prefix: PrefixConfig, base: LoadedBase, examples: list[Example]
+    config: TrainConfig,
+    prefix: PrefixConfig,
+    base: LoadedBase,
+    examples: list[Example],
+    *,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
     hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
-    steps = planned_steps(config, len(examples))
+    steps = planned_steps(config, len(examples), processes)
     damping = _token_damping(config, prefix, steps)
     return {
         "steps": steps,
-        "epochs": planned_epochs(config, len(examples)),
+        "epochs": planned_epochs(config, len(examples), processes),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size, damping),
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
         "packing_length": _packing_length(config, examples),
         "rows": digest(examples),
+        "processes": processes,
     }
 
 
@@ -211,13 +217,14 @@ def default_learning_rate(config: PrefixConfig, hidden_size: int, damping: float
     return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
 
 
-def planned_steps(config: TrainConfig, rows: int) -> int:
+def planned_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
     if config.max_steps:
         return config.max_steps
-    return max(1, math.ceil(planned_epochs(config, rows) * _steps_of_an_epoch(config, rows)))
+    epochs = planned_epochs(config, rows, processes)
+    return max(1, math.ceil(epochs * _steps_of_an_epoch(config, rows, processes)))
 
 
-def planned_epochs(config: TrainConfig, rows: int) -> float:
+def planned_epochs(config: TrainConfig, rows: int, processes: int = 1) -> float:
     """Passes over so many rows: given, or two; one where that makes many steps, more where two make few.
 
     Example:
@@ -226,7 +233,7 @@ def planned_epochs(config: TrainConfig, rows: int) -> float:
     """
     if config.num_train_epochs is not None:
         return config.num_train_epochs
-    steps = _steps_of_an_epoch(config, rows)
+    steps = _steps_of_an_epoch(config, rows, processes)
     if steps >= MANY_STEPS:
         return 1.0
     return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
@@ -237,9 +244,9 @@ def warmup_steps_for(ratio: float, steps: int) -> int:
     return min(math.ceil(ratio * steps), steps - 1)
 
 
-def _steps_of_an_epoch(config: TrainConfig, rows: int) -> int:
+def _steps_of_an_epoch(config: TrainConfig, rows: int, processes: int) -> int:
     batches = math.ceil(rows / config.per_device_train_batch_size)
-    return max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return max(1, math.ceil(math.ceil(batches / processes) / config.gradient_accumulation_steps))
 
 
 def digest(examples: list[Example]) -> str:

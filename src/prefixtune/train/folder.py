@@ -116,8 +116,10 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def check_resumed(output: Path, resolved: Mapping[str, Any], same: Mapping[str, tuple[str, str]]) -> None:
-    """Raise RunError where the rows or the base are not those that the run was begun with.
+def check_resumed(
+    output: Path, resolved: Mapping[str, Any], same: Mapping[str, tuple[str, str]], *, processes: int
+) -> None:
+    """Raise RunError where the rows, the base or the number of processes are not those of the run's begin.
 
     Args:
         resolved: what the run recorded; one of an earlier version knows its training rows only.
@@ -130,6 +132,12 @@ def check_resumed(output: Path, resolved: Mapping[str, Any], same: Mapping[str, 
                 f"{called}: not the {what} that the run in {output} was begun with",
                 hint="restore them, or begin another run",
             )
+    before = resolved.get("processes", 1)  # not in the records of earlier versions
+    if before != processes:
+        raise RunError(
+            f"{output}: the run was begun in {before} processes; this is {processes}",
+            hint="a step has each process's rows: start as many, or begin another run",
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,7 @@ from prefixtune.train.folder import (
     record_run,
 )
 from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
+from prefixtune.train.processes import first_alone, is_first, joined, one_process_only, told_once
 from prefixtune.train.rate import find_learning_rate
 from prefixtune.train.trainer import PrefixTrainer, run
 
@@ -88,6 +90,7 @@ class TrainResult:
         return "\n".join([*lines, f"prefix: {self.output}"])
 
 
+@told_once()
 def train(
     *,
     model: str,
@@ -101,7 +104,7 @@ def train(
     overwrite: bool = False,
     force: bool = False,
 ) -> TrainResult:
-    """Train a prefix for `model` on `data` and write it to `output`.
+    """Train a prefix for `model` on `data` and write it to `output`, in as many processes as were started.
 
     Args:
         model: hub name, folder, .gguf file or demo.
@@ -128,6 +131,8 @@ def train(
         "train_config": config.to_dict(),
     }
     check_options(prefix_options or {})  # before the model is loaded
+    if config.find_learning_rate:
+        one_process_only("find_learning_rate", hint="find a rate in one process, then give --learning-rate")
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
     if began and (record := finished(output, began["resolved"]["steps"])):
         note(f"{output}: the run has come to its end already; nothing to do")
@@ -150,6 +155,7 @@ def train(
     )
 
 
+@told_once()
 def train_examples(
     base: LoadedBase,
     rows: tuple[list[Example], list[Example] | None],
@@ -174,7 +180,7 @@ def train_examples(
         files: texts by name that the run folder keeps.
     """
     examples, eval_examples = rows
-    resume = began is not None
+    resume, processes = began is not None, joined().num_processes
     set_seed(config.seed)
     prefix_config = prefix_config_of(began, prefix_options, base, examples, eval_examples or ())
     everything = [*examples, *(eval_examples or [])]
@@ -187,9 +193,9 @@ def train_examples(
     }
     if began:
         resolved = began["resolved"]
-        check_resumed(output, resolved, same)
+        check_resumed(output, resolved, same, processes=processes)
     else:
-        resolved = resolve(config, prefix_config, base, examples)
+        resolved = resolve(config, prefix_config, base, examples, processes=processes)
         resolved |= {name: found for name, (_, found) in same.items()}
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record |= {"template": template, "training": None}
@@ -212,9 +218,11 @@ def train_examples(
         files = {**(files or {}), RATES: test.to_json()}
         set_seed(config.seed)
     record = _record(asked, prefix_config, base, resolved)
-    with in_use(output):
-        record_run(output, record, resume=resume, overwrite=overwrite, files=files)
-        add_retention(trainer, config, output, base.tokenizer)
+    with in_use(output) if is_first() else nullcontext():
+        with first_alone():
+            if is_first():
+                record_run(output, record, resume=resume, overwrite=overwrite, files=files)
+            add_retention(trainer, config, output, base.tokenizer)
         base_loss = None
         if eval_examples:
             passes = trainer.passes
@@ -335,7 +343,8 @@ def _finish(
     model.record["training"] = {
         k: v for k, v in result.to_dict().items() if k not in ("output", "prefix_file_bytes")
     }
-    with quiet_eval(model):
-        model.save_pretrained(output)
+    with first_alone(), quiet_eval(model):
+        if is_first():
+            model.save_pretrained(output)
     size = (output / "prefix.safetensors").stat().st_size
     return dataclasses.replace(result, prefix_file_bytes=size)

@@ -277,12 +277,13 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
     if checkpoint:
         done = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
         note(f"resuming from {checkpoint}")
-    cut_metrics(output, done)
+    if trainer.is_world_process_zero():
+        cut_metrics(output, done)
     stop = threading.Event()
     start = time.perf_counter()
     with progress_bar("training", total=steps) as advance, _interruptible(stop):
         trainer.add_callback(_Metrics(output))
-        trainer.add_callback(_Progress(advance, stop))
+        trainer.add_callback(_Progress(advance, stop, trainer.accelerator))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.is_set() and trainer.state.global_step < steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
@@ -330,7 +331,8 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         ):
             return
         state.best_metric, state.best_global_step = loss, state.global_step
-        model.save_pretrained(self.output / "best")
+        if state.is_world_process_zero:
+            model.save_pretrained(self.output / "best")
 
 
 class _Metrics(TrainerCallback):  # type: ignore[misc]
@@ -340,6 +342,8 @@ class _Metrics(TrainerCallback):  # type: ignore[misc]
         self.file = output / METRICS
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
@@ -347,8 +351,8 @@ class _Metrics(TrainerCallback):  # type: ignore[misc]
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """Moves the bar, and turns a Ctrl-C into a checkpoint and an orderly end."""
 
-    def __init__(self, advance: Any, stop: threading.Event) -> None:
-        self.advance, self.stop, self.last = advance, stop, 0
+    def __init__(self, advance: Any, stop: threading.Event, accelerator: Any) -> None:
+        self.advance, self.stop, self.accelerator, self.last = advance, stop, accelerator, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(state.global_step)
@@ -357,6 +361,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(state.global_step - self.last)
         self.last = state.global_step
+        if self.accelerator.num_processes > 1:  # all stop after one step, whichever saw the signal
+            if self.stop.is_set():
+                self.accelerator.set_trigger()
+            if self.accelerator.check_trigger():
+                self.stop.set()
         if self.stop.is_set():
             control.should_save = control.should_training_stop = True
 

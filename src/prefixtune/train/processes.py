@@ -1,0 +1,48 @@
+"""The processes that train one run together (torchrun). Knows no run.
+
+Each loads the model and takes its share of every step's rows. The first one holds and writes the folder,
+which all must see, and alone tells what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from prefixtune.errors import ConfigError
+from prefixtune.progress import muted
+
+__all__ = ["first_alone", "is_first", "joined", "one_process_only", "told_once"]
+
+
+def joined() -> Any:
+    """accelerate's state, after the other processes, where there are any, have come this far too."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_first() -> bool:
+    return bool(joined().is_main_process)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Notes and bars within come from the first process only."""
+    with muted(not is_first()):
+        yield
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """What is within runs in the first process, then in the others."""
+    with joined().main_process_first():
+        yield
+
+
+def one_process_only(what: str, *, hint: str) -> None:
+    """Raise ConfigError where there are several."""
+    if (count := joined().num_processes) > 1:
+        raise ConfigError(f"{what}: expected one process; got {count}", hint=hint)
