@@ -70,6 +70,7 @@ class PrefixModel(nn.Module):
         # what prefix.json tells beyond the tensors: template, training, …
         self.record: dict[str, Any] = {"quantization": quantization(base)}
         self._name = f"model-{uuid4().hex}"
+        self.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True)
         self.register_state_dict_post_hook(_keep_prefix_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_base_is_not_missing)  # type: ignore[no-untyped-call]
 
@@ -208,6 +209,9 @@ class PrefixModel(nn.Module):
     def enable_input_require_grads(self) -> None:
         """Nothing to do: the prefix itself carries the gradient."""
 
+    def add_model_tags(self, tags: Any) -> None:
+        """Nothing to do: a prefix folder's card has its own. TRL asks for it."""
+
     def can_generate(self) -> bool:
         return bool(self.base_model.can_generate())  # type: ignore[operator]
 
@@ -343,6 +347,15 @@ def _fetch(folder: str | Path) -> Path:
             f"{folder}: no such folder, and the hub did not give it ({type(error).__name__}: {error})",
             hint="check the path or the name, and the connection",
         ) from None
+
+
+def _refuse_fused_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """TRL puts a forward of its own in place of ours, which runs `base_model`, without the prefix."""
+    if kwargs.get("fused_lm_head"):
+        raise AttachError(
+            "the loss of TRL's trainers runs the base without the prefix",
+            hint="use a subclass of SFTTrainer in which compute_loss = transformers.Trainer.compute_loss",
+        )
 
 
 def _keep_prefix_only(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -388,6 +389,18 @@ def test_what_is_no_cache_is_refused(past: Any) -> None:
         pytest.raises(AttachError, match="past_key_values"),
     ):
         base(input_ids=B, past_key_values=past)
+
+
+def test_loss_of_trl_which_would_run_without_the_prefix_is_refused() -> None:
+    model = PrefixModel(bare("llama"), PrefixConfig(length=3))
+
+    def fused(self: Any, *, labels: Any, fused_lm_head: bool, **batch: Any) -> Any:  # as in trl 1.16
+        return self.base_model(**batch, use_cache=False)
+
+    model.forward = types.MethodType(fused, model)  # type: ignore[method-assign]
+    model.add_model_tags(["sft"])
+    with pytest.raises(AttachError, match=r"compute_loss = transformers\.Trainer\.compute_loss"):
+        model(input_ids=B, labels=B, fused_lm_head=True)
 
 
 def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
