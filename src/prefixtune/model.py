@@ -69,10 +69,14 @@ class PrefixModel(nn.Module):
         self.geometry = geometry
         # what prefix.json tells beyond the tensors: template, training, …
         self.record: dict[str, Any] = {"quantization": quantization(base)}
-        self._name = f"model-{uuid4().hex}"
+        self._name = _new_name()
         self.register_forward_pre_hook(_refuse_fused_head, with_kwargs=True)
         self.register_state_dict_post_hook(_keep_prefix_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_base_is_not_missing)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._name = _new_name()  # a copy trains on its own, so the original's caches are not its own
 
     # --- forward and generate
 
@@ -347,6 +351,10 @@ def _fetch(folder: str | Path) -> Path:
             f"{folder}: no such folder, and the hub did not give it ({type(error).__name__}: {error})",
             hint="check the path or the name, and the connection",
         ) from None
+
+
+def _new_name() -> str:
+    return f"model-{uuid4().hex}"
 
 
 def _refuse_fused_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

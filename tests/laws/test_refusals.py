@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import types
@@ -326,6 +327,21 @@ def test_cache_of_a_prefix_that_has_since_been_trained_is_refused() -> None:
     torch.optim.SGD(model.prefix.parameters(), lr=1.0).step()
     with pytest.raises(AttachError, match="another prefix"):
         model(input_ids=C, past_key_values=past)
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_cache_of_a_model_is_refused_by_its_copy(make: Any) -> None:
+    model = PrefixModel(tiny_model("llama"), kv_of("llama", A))
+    other = make(model)
+    for each in (model, other):  # each is trained as often as the other
+        each(input_ids=B, labels=B).loss.backward()
+        torch.optim.SGD(each.prefix.parameters(), lr=1.0).step()
+    past = model(input_ids=B, use_cache=True).past_key_values
+    with pytest.raises(AttachError, match="another prefix"):
+        other(input_ids=C, past_key_values=past)
+    assert_close(logits(model, C, past_key_values=past), logits(model, joined(B, C))[:, -C.shape[1] :])
 
 
 def test_nested_attach_is_refused_and_the_outer_one_stays() -> None:
