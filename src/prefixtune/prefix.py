@@ -259,9 +259,18 @@ class Prefix(nn.Module):
             rate: see `parameter_groups`.
             options: betas, eps and weight_decay; of keys and values also damping.
 
+        Raises:
+            ConfigError: the prefix was cast to less than float32.
+
         Example:
             >>> optimizer = model.prefix.optimizer(5e-2)                           # doctest: +SKIP
         """
+        dtype = next(self.parameters()).dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            raise ConfigError(
+                f"the prefix is in {str(dtype).removeprefix('torch.')}; it trains in float32, on any base",
+                hint="call model.prefix.float() after a model.to(dtype)",
+            )
         options = {"weight_decay": 0.0, **options}
         if isinstance(self.parameterisation, _DirectKV):
             return HeadwiseSoap(self.parameter_groups(rate), **options)

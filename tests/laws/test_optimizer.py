@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 
+from families import tiny_model
+from prefixtune import PrefixConfig, PrefixModel
+from prefixtune.errors import ConfigError
 from prefixtune.optimizer import EVERY, HeadwiseSoap
 
 HEADS, TOKENS, WIDTH = 2, 6, 4
@@ -148,3 +151,17 @@ def test_direction_that_is_new_late_is_no_leap(late: int) -> None:
         before = parameter.detach().clone()
         optimizer.step()
         assert (parameter - before).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+def test_prefix_in_bfloat16_is_refused_and_trains_in_float32_on_the_same_base(projection: bool) -> None:
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=3, projection=projection)).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"model\.prefix\.float\(\)"):
+        model.prefix.optimizer(1e-2)
+    model.prefix.float()
+    before = [parameter.detach().clone() for parameter in model.prefix.parameters()]
+    optimizer = model.prefix.optimizer(1e-2)
+    ids = torch.tensor([[5, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.prefix.parameters(), strict=True))
