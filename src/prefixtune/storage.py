@@ -129,15 +129,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INFO
     if not path.is_file():
-        is_run = any(
-            (place / "run.json").is_file() for place in (Path(folder), Path(folder).absolute().parent)
-        )
-        raise StorageError(
-            f"{folder}: no prefix folder (there is no {INFO})",
-            hint="this is a run that has not come to its end: finish it with prefixtune train … --resume"
-            if is_run
-            else "give the --output of a training",
-        )
+        raise StorageError(f"{folder}: no prefix folder (there is no {INFO})", hint=_what_it_is(Path(folder)))
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -154,6 +146,14 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             hint="the folder is damaged; restore or retrain it",
         )
     return info
+
+
+def _what_it_is(folder: Path) -> str:
+    if any((place / "run.json").is_file() for place in (folder, folder.absolute().parent)):
+        return "this is a run that has not come to its end: finish it with prefixtune train … --resume"
+    if (folder / "training_args.bin").is_file():
+        return "transformers' Trainer wrote this: model.save_pretrained(folder) writes a prefix folder"
+    return "give the --output of a training, or a folder of model.save_pretrained"
 
 
 def load_prefix(folder: str | Path, *, is_trainable: bool = True) -> StoredPrefix:

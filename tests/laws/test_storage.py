@@ -16,6 +16,7 @@ import pytest
 import torch
 from oracle import A, B, bare, every_family, logits, outcome
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
@@ -269,6 +270,13 @@ def test_json_that_is_no_record_is_refused(folder: Path, text: str) -> None:
     (folder / "prefix.json").write_text(text)
     with pytest.raises(StorageError, match=r"prefix\.json"):
         load(folder)
+
+
+def test_what_trainer_saves_is_told_apart_from_a_prefix_folder(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    Trainer(model=trained("llama"), args=arguments).save_model(str(tmp_path / "saved"))
+    with pytest.raises(StorageError, match=r"model\.save_pretrained\(folder\)"):
+        load(tmp_path / "saved")
 
 
 class _Payload:
