@@ -344,6 +344,15 @@ def test_cache_of_a_model_is_refused_by_its_copy(make: Any) -> None:
     assert_close(logits(model, C, past_key_values=past), logits(model, joined(B, C))[:, -C.shape[1] :])
 
 
+def test_generating_while_training_under_checkpointing_is_refused_with_the_way_out() -> None:
+    model = PrefixModel(tiny_model("llama"), kv_of("llama", A))
+    model.gradient_checkpointing_enable()
+    expected = generated(model.eval(), B)
+    with pytest.raises(AttachError, match=r"model\.eval\(\)"):
+        generated(model.train(), B)
+    assert generated(model.eval(), B) == expected
+
+
 def test_nested_attach_is_refused_and_the_outer_one_stays() -> None:
     base, kv = bare("llama"), kv_of("llama", A)
     with attach(base, kv):

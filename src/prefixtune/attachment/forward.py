@@ -102,6 +102,11 @@ def _text_cache(
         return DynamicCache(config=config) if wanted and not recomputing else None
     if not isinstance(text, Cache) or isinstance(text, EncoderDecoderCache):
         raise AttachError(f"past_key_values: expected a Cache of transformers; got {type(text).__name__}")
+    if recomputing and session.generating:
+        raise AttachError(
+            "generate needs a cache, and gradient checkpointing has none while the model trains",
+            hint="call model.eval() first, and model.train() after",
+        )
     if recomputing:
         raise AttachError("past_key_values cannot be used under gradient checkpointing", hint="leave it out")
     if int(text.get_seq_length()) > 0:
