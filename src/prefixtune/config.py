@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Self, get_args, get_type_hints
 
 from prefixtune.errors import ConfigError
@@ -97,6 +98,10 @@ class _Config:
 
 def _names(kinds: tuple[type, ...]) -> str:
     return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_generic(kind: Any) -> bool:
@@ -193,6 +198,9 @@ class PrefixConfig(_Config):
             raise ConfigError(f"init_text is given, but init is {self.init}", hint="use init=text")
         if self.init == "tokens" and not self.init_tokens:
             raise ConfigError("init=tokens needs init_tokens, a list of token ids")
+        tokens = self.init_tokens
+        if tokens is not None and not (isinstance(tokens, tuple) and all(map(_is_whole, tokens))):
+            raise ConfigError(f"init_tokens: expected token ids, whole numbers; got {tokens!r:.80}")
         if self.init_tokens is not None and self.init != "tokens":
             raise ConfigError(f"init_tokens is given, but init is {self.init}", hint="use init=tokens")
 

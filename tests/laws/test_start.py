@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import A, B, assert_close, bare, every_family, joined, logits, tokens
@@ -116,3 +118,9 @@ def test_start_leaves_the_base_in_its_mode_and_without_prefix() -> None:
 def test_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match=f"vocabulary of {VOCAB}"):
         PrefixModel(bare("llama"), PrefixConfig(length=2, init="tokens", init_tokens=(3, VOCAB)))
+
+
+@pytest.mark.parametrize("tokens", [("a",), (1.5,), (True,), [3, None], "3,4", 3])
+def test_start_of_what_is_no_token_ids_is_refused(tokens: Any) -> None:
+    with pytest.raises(ConfigError, match="init_tokens: expected token ids"):
+        PrefixConfig(length=2, init="tokens", init_tokens=tokens)
