@@ -338,6 +338,20 @@ def test_parameters_of_the_tutorials_bloom_are_the_tutorials(
     assert facts["prefix_file_bytes"] == 10 * 24 * 2 * 2048 * 4
 
 
+@pytest.mark.parametrize("command", [("inspect",), ("estimate", "--model")], ids=["inspect", "estimate"])
+def test_length_auto_without_rows_is_the_most_that_train_takes_and_told(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = {"model_type": "gpt2", "vocab_size": 500, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = (*command, tmp_path / "config.json", "--json", "--length")
+    auto, most, few = (succeed(*line, length) for length in ("auto", "64", "10"))
+    name = {"inspect": "trainable_parameters", "estimate": "prefix_bytes"}[command[0]]
+    counts = [json.loads(result.stdout)[name] for result in (auto, most, few)]
+    assert counts[0] == counts[1] > counts[2]
+    assert "64 virtual tokens" in auto.stderr
+
+
 def test_inspect_tells_which_layers_train(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BLOOM))
     facts = json.loads(succeed("inspect", tmp_path / "config.json", "--layers", "0,20-22", "--json").stdout)

@@ -12,6 +12,8 @@ from prefixtune.config import DataConfig, TrainConfig
 
 __all__ = ["estimate"]
 
+DEFAULTS = {"length": "auto, as train: by the number of rows, 64 without --data"}
+
 
 @click.command()
 @click.option("--model", required=True, help="base model: as for train, or a config.json file")
@@ -19,7 +21,7 @@ __all__ = ["estimate"]
 @click.option("--eval-data", help="rows to evaluate on meanwhile")
 @click.option("--device", help="torch device; CUDA where there is some by default")
 @click.option("--probe", is_flag=True, help="load the model and time a few steps")
-@config_options("prefix", "data", "train")
+@config_options("prefix", "data", "train", defaults=DEFAULTS)
 @json_option
 def estimate(
     model: str,

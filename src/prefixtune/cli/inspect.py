@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from prefixtune.cli.options import config_options, json_option
-from prefixtune.cli.output import print_json
+from prefixtune.cli.output import print_json, say
 from prefixtune.config import PrefixConfig, chosen_layers
 
 __all__ = ["inspect"]
@@ -47,10 +47,20 @@ def inspect(
         info = _with_counts(load_prefix(folder).info, folder)
         print_json(info) if as_json else _print_info(info)
         return
-    config = PrefixConfig(**prefix_options)
+    config = PrefixConfig(**_with_length(prefix_options))
     geometry, parameters = _measure(target)
     facts = _facts(geometry, parameters, config)
     print_json(facts) if as_json else _print_facts(geometry, facts, config)
+
+
+def _with_length(options: dict[str, Any]) -> dict[str, Any]:
+    """In place of auto, for which there are no rows, the most that it comes to."""
+    if options.get("length") != "auto":
+        return options
+    from prefixtune.train import LONGEST_LENGTH
+
+    say(f"auto: by the number of rows, up to {LONGEST_LENGTH} virtual tokens; here for the most")
+    return {**options, "length": LONGEST_LENGTH}
 
 
 def _may_be_prefix(folder: Path) -> bool:

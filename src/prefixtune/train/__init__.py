@@ -9,6 +9,7 @@ Knows data and models by name only.
 from prefixtune.train.build import trainer_for
 from prefixtune.train.defaults import (
     AUTO,
+    LONGEST_LENGTH,
     default_learning_rate,
     default_length,
     default_start,
@@ -23,6 +24,7 @@ from prefixtune.train.trainer import PrefixTrainer
 
 __all__ = [
     "AUTO",
+    "LONGEST_LENGTH",
     "PrefixTrainer",
     "TrainResult",
     "default_learning_rate",

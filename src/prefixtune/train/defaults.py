@@ -18,6 +18,7 @@ from prefixtune.progress import note
 
 __all__ = [
     "AUTO",
+    "LONGEST_LENGTH",
     "check_lengths",
     "check_options",
     "default_learning_rate",

@@ -26,7 +26,8 @@ from prefixtune.memory import (
     without_weights,
 )
 from prefixtune.model import PrefixModel
-from prefixtune.train.defaults import AUTO, length_for, planned_steps
+from prefixtune.progress import note
+from prefixtune.train.defaults import AUTO, LONGEST_LENGTH, length_for, planned_steps
 from prefixtune.train.retention import PER_STEP, TOKENS
 from prefixtune.train.sampler import LengthGroupedSampler
 
@@ -145,6 +146,9 @@ def forecast_for(
     if found[0] and "length" not in sizes:
         longest = max((*found[0], *found[1]), key=lambda example: len(example.input_ids))
         sizes["length"] = length_for(base, len(found[0]), longest)
+    elif "length" not in sizes:
+        sizes["length"] = LONGEST_LENGTH
+        note(f"a prefix of {LONGEST_LENGTH} virtual tokens is counted, the most that train takes by itself")
     setup = setup_of(
         config,
         PrefixConfig(**sizes),
