@@ -134,6 +134,7 @@ def train(
     if config.find_learning_rate:
         one_process_only("find_learning_rate", hint="find a rate in one process, then give --learning-rate")
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
+    joined().wait_for_everyone()  # before the first one writes the folder
     if began and (record := finished(output, began["resolved"]["steps"])):
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
