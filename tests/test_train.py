@@ -636,6 +636,19 @@ def test_run_of_one_step_trains(place: Path, tmp_path: Path) -> None:
     assert not torch.equal(model.prefix.bake().layers[0].key, start.prefix.bake().layers[0].key)
 
 
+@pytest.mark.parametrize("family", ["modernbert-decoder", "biogpt", "jetmoe"])
+def test_model_that_does_not_run_without_weights_trains(family: str, place: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--model", tmp_path / "model", "--data", place / "rows.jsonl", *SHORT_RUN, "--retain", 0]
+    result = succeed("train", *options, "--output", tmp_path / "run")
+    is_told = "the memory of this run is not estimated" in result.stderr
+    assert is_told == (family != "modernbert-decoder")
+    assert ("were estimated" in result.stdout) == (not is_told)
+    assert "peak memory" in result.stdout
+
+
 def test_random_start_differs_by_seed_and_is_no_kv_of_the_rows(place: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         succeed(*options(place, tmp_path / str(seed), *STILL, "--init", "random", "--seed", seed))

@@ -9,12 +9,13 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 
 from prefixtune.errors import UnsupportedModelError
@@ -264,7 +265,8 @@ def meta_ready(base: nn.Module) -> Iterator[None]:
     if _device(base).type != "meta":
         before = {}
     for name in before:
-        setattr(config, name, switches[name])
+        with suppress(StrictDataclassFieldValidationError):  # configurations without None for padding
+            setattr(config, name, switches[name])
     try:
         yield
     finally:

@@ -83,10 +83,12 @@ class TrainResult:
         ]
         if self.eval_loss is not None:
             lines.append(f"evaluation loss {self.base_loss:.4f} (bare model) -> {self.eval_loss:.4f}")
-        if self.peak_bytes and self.estimated_peak_bytes:
-            error = self.estimated_peak_bytes / self.peak_bytes - 1
-            estimated = f"{readable(self.estimated_peak_bytes)} were estimated ({error:+.0%})"
-            lines.append(f"peak memory {readable(self.peak_bytes)}; {estimated}")
+        if self.peak_bytes:
+            estimated = ""
+            if self.estimated_peak_bytes:
+                error = self.estimated_peak_bytes / self.peak_bytes - 1
+                estimated = f"; {readable(self.estimated_peak_bytes)} were estimated ({error:+.0%})"
+            lines.append(f"peak memory {readable(self.peak_bytes)}{estimated}")
         return "\n".join([*lines, f"prefix: {self.output}"])
 
 
@@ -304,7 +306,7 @@ def _finish(
     seconds: float,
     learning_rate: float,
     base: LoadedBase,
-    estimate: Estimate,
+    estimate: Estimate | None,
 ) -> TrainResult:
     """Write the prefix: the best by evaluation loss where there was an evaluation, else the last."""
     eval_loss = best_step = None
@@ -335,8 +337,8 @@ def _finish(
         train_seconds=seconds,
         learning_rate=learning_rate,
         dtype=str(base.model.dtype).removeprefix("torch."),
-        estimated_peak_bytes=estimate.peak,
-        peak_bytes=measured_peak(estimate.setup.device),
+        estimated_peak_bytes=estimate.peak if estimate else None,
+        peak_bytes=measured_peak(str(base.model.device)),
     )
     if best_step is not None and best_step != trainer.state.global_step:
         best = PrefixModel.from_pretrained(base.model, output / "best", is_trainable=True)
