@@ -16,7 +16,7 @@ import importlib.metadata
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 BLOCK = 64  # weights that share a scale in nf4
+PIECE = (
+    2**18
+)  # weights that are packed at once, a multiple of BLOCK: whole layers left glibc's heap full of holes
 LARGEST = 127  # of int8; -128 is left out, so that the scale is symmetric
 SPARED = 0.1  # share of the weights outside embeddings that may stay as they are (routers, small projections)
 
@@ -293,16 +296,26 @@ def _return_freed_memory() -> None:
 
 
 def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    weight = weight.float()
-    largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)  # a row of zeros needs a scale too
-    scale = (largest / LARGEST).bfloat16().float()  # a bfloat16 number: unpacking to bfloat16 rounds once
-    packed = (weight / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-    return packed, scale  # [out, in], [out, 1]
+    def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.float()
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)  # a row of zeros needs a scale too
+        scale = (largest / LARGEST).bfloat16().float()  # a bfloat16 number: unpacking to bfloat16 rounds once
+        return (rows / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+
+    return _joined(map(pack, torch.split(weight, max(1, PIECE // weight.shape[1]))))  # [out, in], [out, 1]
 
 
 def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    packed, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
-    return packed, state.absmax  # [out * in / 2, 1], [blocks]
+    def pack(part: Tensor) -> tuple[Tensor, Tensor]:
+        packed, state = _bitsandbytes().quantize_4bit(part, blocksize=BLOCK, quant_type="nf4")
+        return packed, state.absmax
+
+    return _joined(map(pack, torch.split(weight.reshape(-1), PIECE)))  # [out * in / 2, 1], [blocks]
+
+
+def _joined(pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    packed, scales = zip(*pieces, strict=True)
+    return torch.cat(packed), torch.cat(scales)
 
 
 def _bitsandbytes() -> Any:

@@ -113,6 +113,18 @@ def test_weights_are_off_by_half_a_step_at_most(scheme: str) -> None:
 
 
 @each_scheme
+def test_a_weight_packed_in_pieces_is_the_one_packed_at_once(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(30, 50)  # the last block is not full
+    whole = QuantizedLinear(weight, None, scheme)
+    monkeypatch.setattr("prefixtune.quantize.PIECE", 128)
+    pieces = QuantizedLinear(weight, None, scheme)
+    assert torch.equal(pieces.packed, whole.packed)
+    assert torch.equal(pieces.scale, whole.scale)
+
+
+@each_scheme
 def test_no_unpacked_weight_waits_for_the_backward_pass(scheme: str) -> None:
     layer = QuantizedLinear(torch.randn(40, 64), torch.randn(40), scheme)
     kept: list[int] = []
