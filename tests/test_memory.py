@@ -25,12 +25,20 @@ from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import OutOfMemoryError
-from prefixtune.load import LoadedBase, load_tokenizer
+from prefixtune.load import LoadedBase, empty_model, load_tokenizer
 from prefixtune.loss import Passes
-from prefixtune.memory import LiveBytes, Setup, check_fit, estimate, explain_full_memory, measure_step
+from prefixtune.memory import (
+    LiveBytes,
+    Setup,
+    StepBytes,
+    check_fit,
+    estimate,
+    explain_full_memory,
+    measure_step,
+)
 from prefixtune.memory.host import group_room
 from prefixtune.train import trainer_for
-from prefixtune.train.forecast import forecast_for, setup_of
+from prefixtune.train.forecast import check_weights, forecast_for, setup_of
 from tokenizers_for_tests import byte_tokenizer
 
 MIB, GIB = 2**20, 2**30
@@ -525,6 +533,53 @@ def test_estimate_is_within_15_percent_of_the_process_peak(
     assert result["peak_bytes"] > 0.6 * GIB  # an empty process has 0.5
     assert estimated[name] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
     assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+
+
+QUANTISED = """
+import json, sys
+from prefixtune.load import empty_model, load_base, weight_files
+from prefixtune.memory import forget_peak, measured_peak, reading_bytes, resident
+model, small = sys.argv[1:]
+for scheme in ("int8", "nf4"):
+    load_base(small, dtype="float32", quantize=scheme)  # code and libraries are no part of it
+    forget_peak()
+    before = resident()
+    base = load_base(model, dtype="float32", quantize=scheme).model
+    taken = measured_peak() - before
+    options = {"device": "cpu", "quantize": scheme, "files": weight_files(model)}
+    print(json.dumps([reading_bytes(empty_model(model), base.dtype, **options), taken]))
+    del base
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the process so far")
+def test_packing_a_base_takes_what_is_said_beside_its_mapped_file(place: Path, tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    line = [sys.executable, "-c", QUANTISED, str(place / "model"), str(tmp_path)]
+    told = subprocess.run(line, capture_output=True, text=True, timeout=170)
+    assert told.returncode == 0, told.stderr
+    for said, taken in map(json.loads, told.stdout.split("\n")[:2]):
+        assert said == pytest.approx(taken, rel=TOLERANCE)
+
+
+def test_a_gpu_has_room_for_the_packed_weights_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefixtune.train.forecast as room
+
+    model, available = str(place / "model"), 100 * MIB  # of 163 MiB in float32, 79 in int8
+    monkeypatch.setattr(room, "placement", lambda dtype: (torch.float32, "cuda"))
+    monkeypatch.setattr(room, "budget", lambda device: available)
+    monkeypatch.setattr(room, "resident", lambda device: 0)
+    check_weights(model, TrainConfig(quantize="int8"), force=False)
+    with pytest.raises(OutOfMemoryError, match="the weights take 163 MiB"):
+        check_weights(model, TrainConfig(), force=False)
+    available = 60 * MIB
+    with pytest.raises(OutOfMemoryError, match="the weights take 79 MiB in int8"):
+        check_weights(model, TrainConfig(quantize="int8"), force=False)
+    # the estimate counts the same; a step on a GPU is given, because torch may not know CUDA
+    step = StepBytes(weights=70 * MIB, prefix=0, optimizer=0, gradients=0, activations=MIB, logits=0)
+    monkeypatch.setattr(sys.modules[estimate.__module__], "measure_step", lambda base, setup: step)
+    plan = setup(device="cuda", quantize="int8")
+    assert estimate(empty_model(model), plan, available=available).peak < 80 * MIB
 
 
 def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(tmp_path: Path) -> None:

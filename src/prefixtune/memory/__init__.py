@@ -4,7 +4,7 @@ Reading order: `tracker` (counts live bytes without weights), `step` (one traini
 (a prediction, and what would lower it), `host` (what the machine has). Knows no data and no files.
 """
 
-from prefixtune.memory.estimate import Advice, Estimate, check_fit, estimate, readable
+from prefixtune.memory.estimate import Advice, Estimate, check_fit, estimate, readable, reading_bytes
 from prefixtune.memory.host import (
     budget,
     explain_full_memory,
@@ -32,6 +32,7 @@ __all__ = [
     "measure_step",
     "measured_peak",
     "readable",
+    "reading_bytes",
     "resident",
     "return_freed_memory",
     "training_step",

@@ -16,7 +16,7 @@ from prefixtune.memory.step import Setup, StepBytes, measure_step
 from prefixtune.memory.stored import loading_bytes
 from prefixtune.quantize import saved_bytes
 
-__all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable"]
+__all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable", "reading_bytes"]
 
 # of what a step allocates and frees again: holes that glibc cannot use at the peak (docs/memory.md)
 CPU_SLACK = 0.15
@@ -152,21 +152,18 @@ def estimate(
     """
     step = measure_step(base, setup)
     on_cpu = torch.device(setup.device).type == "cpu"
-    weights = step.weights
-    if setup.quantize is not None:  # which is done layer by layer, when all are loaded
-        weights += saved_bytes(base, setup.quantize, setup.dtype)[0]
-    reading = weights
-    if on_cpu:
-        largest = max(parameter.numel() for parameter in base.parameters())
+    loading = so_far
+    if not so_far:
         first = baseline if while_loading is None else while_loading
-        reading = first + loading_bytes(files, weights, setup.dtype, largest=largest)
+        loading = first if on_cpu else 0
+        loading += reading_bytes(base, setup.dtype, device=setup.device, quantize=setup.quantize, files=files)
     passing = step.activations + step.logits + step.gradients
     found = Estimate(
         setup=setup,
         step=step,
         baseline=baseline if on_cpu else 0,
         slack=round(CPU_SLACK * passing) + CPU_FIRST_STEP if on_cpu else 0,
-        loading=max(reading, so_far),
+        loading=loading,
         available=available,
     )
     if advise is False or (advise is None and found.fits):
@@ -186,6 +183,37 @@ def estimate(
         if peak < found.peak:
             better.append(Advice(change=change, peak_bytes=peak, fits=peak <= available))
     return replace(found, advice=tuple(better))
+
+
+def reading_bytes(
+    base: nn.Module,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    quantize: str | None = None,
+    files: Sequence[Path] = (),
+) -> int:
+    """Bytes that the weights take on `device` at most while `load_base` reads them.
+
+    It packs those that are quantised on the CPU, one layer after the other, and they reach a GPU packed.
+
+    Args:
+        base, files: as for `estimate`.
+    """
+    numbers = [parameter.numel() for parameter in base.parameters()]
+    buffers = sum(buffer.nbytes for buffer in base.buffers())
+
+    def held(dtype: torch.dtype) -> int:
+        saved = 0 if quantize is None else saved_bytes(base, quantize, dtype)[0]
+        return sum(numbers) * dtype.itemsize + buffers - saved
+
+    if torch.device(device).type != "cpu":
+        return held(dtype)
+    if quantize is not None and dtype == torch.float32:  # then they are read as they are stored
+        dtype = getattr(base.config, "dtype", None) or dtype
+    whole = sum(numbers) * dtype.itemsize + buffers
+    packed = 0 if quantize is None else held(dtype)
+    return loading_bytes(files, whole, dtype, largest=max(numbers), packed=packed)
 
 
 def check_fit(estimate: Estimate, *, force: bool) -> None:

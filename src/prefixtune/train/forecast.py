@@ -22,6 +22,7 @@ from prefixtune.memory import (
     estimate,
     measured_peak,
     readable,
+    reading_bytes,
     resident,
     without_weights,
 )
@@ -186,14 +187,14 @@ def check_weights(model: str, config: TrainConfig, *, force: bool) -> None:
     if force:
         return
     dtype, device = placement(config.dtype)
-    weights = sum(parameter.numel() for parameter in empty_model(model).parameters()) * dtype.itemsize
+    files = weight_files(model) if config.quantize is not None else []
+    weights = reading_bytes(empty_model(model), dtype, device=device, quantize=config.quantize, files=files)
     room = budget(device)
-    needed = weights + resident(device)
-    if needed > room:
+    if weights + resident(device) > room:
         hint = "--dtype bfloat16 halves the weights" if dtype == torch.float32 else "take a smaller model"
+        kind = config.quantize or str(dtype).removeprefix("torch.")
         raise OutOfMemoryError(
-            f"{model}: the weights take {readable(weights)} in {str(dtype).removeprefix('torch.')}, and "
-            f"{readable(room)} are available",
+            f"{model}: the weights take {readable(weights)} in {kind}, and {readable(room)} are available",
             hint=f"{hint}; --force begins all the same",
         )
 
