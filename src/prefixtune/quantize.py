@@ -268,11 +268,13 @@ def _convertible(base: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _is_linear(module: Any) -> bool:
-    """Whether the module computes x @ W^T + b; that of a subclass is tried out."""
+    """Whether the module computes x @ W^T + b; that of a subclass is tried out, where it has its weights."""
     if type(module) is nn.Linear or _is_conv1d(module):
         return True
     if not isinstance(module, nn.Linear):
         return False
+    if module.weight.is_meta:
+        return True
     x = torch.randn(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
     found, expected = module(x), nn.functional.linear(x, module.weight, module.bias)
     return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-2, atol=1e-3)

@@ -22,7 +22,7 @@ from prefixtune.config import SCHEMES
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, StorageError, UnsupportedModelError
 from prefixtune.geometry import Fingerprint, Geometry, compute_dtype
-from prefixtune.quantize import QuantizedLinear, count_numbers, quantization, quantize_base
+from prefixtune.quantize import QuantizedLinear, count_numbers, quantization, quantize_base, saved_bytes
 from prefixtune.train import PrefixTrainer
 
 SAME = 1e-6  # relative; the two sides run the same matmuls on the same numbers
@@ -97,6 +97,14 @@ def test_mixtures_are_refused_by_the_kind_of_layer_and_stay_as_they_were(family:
     with pytest.raises(UnsupportedModelError, match=MIXTURES[family]):
         quantize_base(base, scheme)
     assert torch.equal(base(input_ids=B).logits, before)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt2"])  # Falcon's linear layers are a class of its own
+def test_saved_bytes_are_known_without_weights(family: str) -> None:
+    base = tiny_model(family)
+    with torch.device("meta"):
+        empty = hf.AutoModelForCausalLM.from_config(base.config)
+    assert saved_bytes(empty, "int8", torch.float32) == saved_bytes(base, "int8", torch.float32)
 
 
 @each_scheme
