@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,45 +58,22 @@ def _random_bloom(sizes: dict[str, int], dtype: Any, device: str, quantize: str 
     import torch
     from transformers import AutoModelForCausalLM, BloomConfig
 
+    from prefixtune.quantize import quantize_base
+
     config = BloomConfig(**sizes)
     torch.manual_seed(WEIGHTS_SEED)
     with torch.device(device):  # 1.3 billion random numbers take a processor half a minute
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return model if quantize is None else _quantized(model, quantize, device)
-
-
-def _quantized(model: Any, kind: str, device: str) -> Any:
-    """Saved and read again: transformers quantises while it loads."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    dtype = model.dtype
-    settings: dict[str, Any] = (
-        {"load_in_8bit": True}
-        if kind == "int8"
-        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.to("meta")  # two copies would be the peak
-        if device != "cpu":
-            torch.cuda.empty_cache()
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=BitsAndBytesConfig(**settings),
-            device_map={"": 0 if device == "cuda" else device},
-        ).eval()
-
-
-def parameters(model: Any) -> int:
-    """Numbers in the model; a 4-bit tensor of bitsandbytes holds two in an element."""
-    packed = {"Params4bit": 2}
-    return sum(tensor.numel() * packed.get(type(tensor).__name__, 1) for tensor in model.parameters())
+    if quantize is None:
+        return model
+    return quantize_base(model.to("cpu"), quantize).to(device)  # packed on the CPU, as load_base does
 
 
 def matmul_parameters(model: Any) -> int:
     """Weights that every token is multiplied by: an embedding is looked up, unless it is the head too."""
     from prefixtune.compare.peers import matmul_layers
+    from prefixtune.quantize import QuantizedLinear
 
-    return sum(layer.weight.numel() for layer in matmul_layers(model).values())
+    packed = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    plain = sum(layer.weight.numel() for layer in matmul_layers(model).values())
+    return plain + sum(layer.in_features * layer.out_features for layer in packed)

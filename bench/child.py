@@ -119,9 +119,10 @@ def main() -> None:
     begin = time.perf_counter()
     import transformers
 
-    from bases import matmul_parameters, parameters, read_base
+    from bases import matmul_parameters, read_base
     from contestants import Contestant, Job, make_trainer
     from prefixtune.data import Example
+    from prefixtune.quantize import count_numbers
 
     transformers.logging.set_verbosity_error()
     contestant, device = Contestant(**task["contestant"]), task["device"]
@@ -143,7 +144,7 @@ def main() -> None:
     )
     describe = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
-        "base_parameters": parameters(base.model),
+        "base_parameters": count_numbers(base.model),
         "matmul_parameters": matmul_parameters(base.model),
     }
     trainer = make_trainer(contestant, base, job)

@@ -31,7 +31,7 @@ class Contestant:
         dtype: of the base: float32, bfloat16, or auto, which is what our own default finds.
         batch: rows per forward pass; 8 rows make an optimizer step. None: the best batch of PEFT's prefix.
         options: of our own TrainConfig, beside its defaults.
-        quantize: int8 or nf4 weights of the base, by bitsandbytes.
+        quantize: int8 or nf4 weights of the base, as `--quantize` has them.
     """
 
     name: str

@@ -188,17 +188,20 @@ def test_training_from_the_start_of_a_peft_prefix_has_the_losses_of_peft(tmp_pat
 
 def test_gpu_benchmark_measures_each_contestant_in_a_small_model_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    options = ["--device=cpu", "--config=small", "--steps=3", "--only=full,prefixtune-projection-bf16"]
+    names = ["full", "prefixtune-int8", "prefixtune-nf4", "prefixtune-projection-bf16"]
+    options = ["--device=cpu", "--config=small", "--steps=3", f"--only={','.join(names)}"]
     result = run(str(BENCH / "gpu.py"), *options, f"--output={output}")
     assert result.returncode == 0, result.stderr
     found = json.loads(output.read_text(encoding="utf-8"))
-    full, ours = found["contestants"]
     assert found["skipped"] == {}
-    assert full["trainable_parameters"] == full["base_parameters"] == ours["base_parameters"]
+    full, *quantised, ours = found["contestants"]
+    assert [entry["quantize"] for entry in quantised] == ["int8", "nf4"]
+    assert full["trainable_parameters"] == full["base_parameters"]
+    assert {entry["base_parameters"] for entry in found["contestants"]} == {full["base_parameters"]}
     hidden, numbers = 64, 2 * 2 * 64  # layers, keys and values, hidden size
     assert ours["trainable_parameters"] == 10 * hidden + (hidden + 1) * hidden + (hidden + 1) * numbers
     assert (full["dtype"], ours["dtype"]) == ("float32", "bfloat16")
-    for entry in (full, ours):
+    for entry in found["contestants"]:
         assert 0 < entry["initial_bytes"] <= entry["peak_bytes"]
         assert entry["step_seconds"] > 0
         assert len(entry["losses"]) == 3
