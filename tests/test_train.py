@@ -183,6 +183,27 @@ def test_killed_run_resumed_reports_what_the_whole_run_reports(place: Path, copi
     assert {**first, **own} == {**second, **own}
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(place: Path, copied: Any) -> None:
+    _, cut, more = copied
+    last = next(folder for folder in reversed(checkpoints(cut)) if (folder / "trainer_state.json").exists())
+    for folder in set(checkpoints(cut)) - {last}:
+        shutil.rmtree(folder)
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert 0 < state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < TIMEOUT
+    state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 5000.0
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    earlier = Path(shutil.copytree(cut, cut.with_name("earlier")))
+    succeed(*options(place, cut, *more, "--resume"))
+    seconds = training_record(cut)["train_seconds"]
+    assert 5000 < seconds < 5000 + TIMEOUT
+    assert str(seconds) in (cut / "README.md").read_text()
+    del state["stateful_callbacks"]["Clock"]  # as an earlier version wrote it
+    (earlier / last.name / "trainer_state.json").write_text(json.dumps(state))
+    succeed(*options(place, earlier, *more, "--resume"))
+    assert 0 < training_record(earlier)["train_seconds"] < TIMEOUT
+
+
 def test_metrics_of_a_resumed_run_tell_each_step_once(place: Path, copied: Any) -> None:
     whole, cut, more = copied
     with (cut / "metrics.jsonl").open("a") as file:

@@ -2,7 +2,7 @@
 
 Reading order: `session` (from options to a finished run), `defaults` (what options leave open), `build` (its
 trainer), `trainer` (Trainer, its arguments, what happens at a step), `sampler` (the order of the rows),
-`folder` (what is on disk), `processes` (who does what where there are several).
+`clock` (its time), `folder` (what is on disk), `processes` (who does what where there are several).
 Knows data and models by name only.
 """
 

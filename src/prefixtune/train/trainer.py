@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
+from prefixtune.train.clock import Clock
 from prefixtune.train.defaults import warmup_steps_for
 from prefixtune.train.folder import METRICS, cut_metrics
 from prefixtune.train.retention import Retention
@@ -267,7 +267,7 @@ def _report_to(asked: str | None) -> list[str] | str:
 
 
 def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | None) -> float:
-    """Train to the end, in seconds; Ctrl-C finishes the step and writes a checkpoint.
+    """Train to the end, in seconds of the whole run; Ctrl-C finishes the step and writes a checkpoint.
 
     Raises:
         KeyboardInterrupt: stopped by Ctrl-C.
@@ -280,14 +280,15 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
     if trainer.is_world_process_zero():
         cut_metrics(output, done)
     stop = threading.Event()
-    start = time.perf_counter()
+    clock = Clock(checkpoint)
     with progress_bar("training", total=steps) as advance, _interruptible(stop):
+        trainer.add_callback(clock)
         trainer.add_callback(_Metrics(output))
         trainer.add_callback(_Progress(advance, stop, trainer.accelerator))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.is_set() and trainer.state.global_step < steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
-    return time.perf_counter() - start
+    return clock.seconds
 
 
 @contextmanager
