@@ -37,6 +37,7 @@ from prefixtune.memory import (
     measure_step,
 )
 from prefixtune.memory.host import group_room
+from prefixtune.quantize import QuantizedLinear
 from prefixtune.train import trainer_for
 from prefixtune.train.forecast import check_weights, forecast_for, setup_of
 from tokenizers_for_tests import byte_tokenizer
@@ -420,6 +421,22 @@ def test_probe_times_real_steps(tmp_path: Path) -> None:
     result = call("estimate", "--model", tmp_path, "--max-length", 16, "--probe", "--json")
     assert result.exit_code == 0, result.stderr
     assert 0 < json.loads(result.stdout)["seconds_per_1000_rows"] < 1000
+
+
+def test_probe_times_the_base_that_a_run_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr("prefixtune.train.probe.training_step", lambda model, plan: seen.append(model))
+    line = ("estimate", "--model", tmp_path, "--max-length", 16, "--probe", "--quantize", "int8", "--compile")
+    result = call(*line)
+    assert result.exit_code == 0, result.stderr
+    layers = seen[0].base_model.model.layers
+    assert isinstance(layers[0].mlp.up_proj, QuantizedLinear)
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+    refused = call(*line, "--no-packing")
+    assert refused.exit_code == 2
+    assert "only packed rows" in refused.stderr
 
 
 def test_probe_counts_the_neutral_text_of_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

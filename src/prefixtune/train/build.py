@@ -22,7 +22,7 @@ from prefixtune.train.defaults import check_lengths, prefix_config_of, resolve
 from prefixtune.train.retention import SHORTEST, TOKENS, Retention, kept_texts
 from prefixtune.train.trainer import KeepBest, PrefixTrainer, training_arguments
 
-__all__ = ["add_retention", "make_trainer", "trainer_for"]
+__all__ = ["add_retention", "compile_base", "make_trainer", "trainer_for"]
 
 
 def trainer_for(
@@ -145,7 +145,16 @@ def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: i
     elif config.packing:
         note(f"rows of similar length share a pass: {packs(base)}")
     if config.compile:
-        if not found.packing:
-            raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
-        compile_layers(base)
+        compile_base(base, packing=found.packing)
     return found
+
+
+def compile_base(base: nn.Module, *, packing: bool) -> None:
+    """Compile the layers of a base that is trained with packed rows.
+
+    Raises:
+        ConfigError: the rows are not packed, or there is no compiler.
+    """
+    if not packing:
+        raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
+    compile_layers(base)

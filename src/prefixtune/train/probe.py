@@ -13,6 +13,7 @@ from prefixtune.memory import Setup
 from prefixtune.memory.step import training_step
 from prefixtune.model import PrefixModel
 from prefixtune.prefix import Prefix
+from prefixtune.train.build import compile_base
 from prefixtune.train.retention import PER_STEP, TOKENS
 
 __all__ = ["seconds_per_1000_rows"]
@@ -26,10 +27,12 @@ def seconds_per_1000_rows(model: str, setup: Setup, config: TrainConfig) -> floa
     The neutral text of each optimizer step counts (`config.retain`); sampling it at a run's start does not.
     """
     dtype = str(setup.dtype).removeprefix("torch.")
-    base = load_base(model, dtype=dtype, device=setup.device).model
+    base = load_base(model, dtype=dtype, device=setup.device, quantize=setup.quantize).model
     trained = PrefixModel(base, PrefixConfig(length=setup.prefix.length))
     trained.prefix = Prefix(setup.prefix, trained.geometry, trained.prefix.bake())
     trained.train()
+    if config.compile:
+        compile_base(base, packing=setup.packing)
     if setup.checkpointing:
         trained.gradient_checkpointing_enable()
     optimizer = trained.prefix.optimizer(0.0)
