@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from families import tiny_model
 from prefixtune.demo import CACHE_VARIABLE, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
 from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
+from prefixtune.precision import choose_dtype
 from prefixtune.storage import Fingerprint
 from tokenizers_for_tests import byte_tokenizer
 
@@ -136,6 +139,32 @@ def test_names_that_are_no_models_say_what_they_are(tmp_path: Path) -> None:
 
 def test_hub_name_out_of_reach_is_one_error_without_waiting() -> None:
     assert "hub" in refused("nobody-prefixtune-knows/nothing-of-this-name").message
+
+
+@pytest.mark.parametrize(("place", "expected"), [("cuda:0", "bfloat16"), ("cuda:1", "float32")])
+def test_a_gpu_that_emulates_bfloat16_is_used_in_float32(
+    place: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first GPU is an A100 and the current one, the second a T4."""
+    current = [0]
+
+    @contextmanager
+    def chosen(device: torch.device) -> Iterator[None]:
+        current[0] = device.index
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device", chosen)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
+    gpus = [SimpleNamespace(major=8, minor=0), SimpleNamespace(major=7, minor=5)]
+    monkeypatch.setattr("torch.cuda.get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda device: True)
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    dtype, reason = choose_dtype("auto", torch.device(place))
+    assert dtype == getattr(torch, expected)
+    assert reason.startswith(f"{expected}: this GPU has ")
 
 
 def test_dtype_is_what_was_asked_and_auto_says_why(folder: Path) -> None:

@@ -47,9 +47,11 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
     if dtype != "auto":
         raise ConfigError(f"dtype: expected auto, float32 or bfloat16; got {dtype!r}")
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
+        with torch.cuda.device(device):  # torch asks the current one
+            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        if has_it:
             return torch.bfloat16, "bfloat16: this GPU has it"
-        return torch.float32, "float32: this GPU has no bfloat16"
+        return torch.float32, "float32: this GPU has no bfloat16 of its own"
     gain = _bfloat16_gain(device)
     if gain >= BF16_GAIN:
         return torch.bfloat16, f"bfloat16: a matmul is {gain:.1f}x faster than float32 here"
