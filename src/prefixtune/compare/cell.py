@@ -353,8 +353,7 @@ def _after(before: Sequence[int], example: Example, tokenizer: Any) -> Example:
 
 def _joined(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
     """One text after the other, of which the first alone has what begins each text."""
-    start = added_tokens(tokenizer)[0] or [
-        tokenizer.bos_token_id
-    ]  # which a chat template may write by itself
+    # a chat template may write the BOS by itself
+    start = added_tokens(tokenizer)[0] or [tokenizer.bos_token_id]
     begun = list(before[: len(start)]) == start == list(ids[: len(start)])
     return (*before, *ids[len(start) if begun else 0 :])

@@ -28,9 +28,8 @@ class Clock(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.stateful_callbacks.setdefault(
-            Clock.__name__, self.state()
-        )  # Trainer took it from the checkpoint
+        # a resumed Trainer takes these from the checkpoint, where an earlier version kept none
+        state.stateful_callbacks.setdefault(Clock.__name__, self.state())
 
 
 def _seconds(checkpoint: Path) -> float:
