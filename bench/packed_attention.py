@@ -27,7 +27,7 @@ def with_one_mask(
     query: Tensor, key: Tensor, value: Tensor, front: tuple[Tensor, Tensor], layout: Layout
 ) -> Tensor:
     keys, values = torch.cat([front[0], key], 1)[None], torch.cat([front[1], value], 1)[None]
-    mask = layout.whole()
+    mask = layout.whole
     return F.scaled_dot_product_attention(query[None], keys, values, mask, enable_gqa=True)[0].transpose(0, 1)
 
 

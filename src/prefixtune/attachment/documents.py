@@ -138,6 +138,7 @@ class Layout:
             mask.repeat_interleave(kv_heads, 0).to(self.device),
         )
 
+    @cached_property
     def whole(self) -> Tensor:
         """[T, P+T] bool: what each token sees of [prefix; pack]."""
         return self._seen(0, sum(self.lengths), 0).to(self.device)
@@ -216,11 +217,14 @@ def _attend_at_once(
     dropout: float,
 ) -> Tensor:
     """`attend_documents` by one call with a mask over [prefix; pack]."""
-    keys = torch.cat([prefix[0].to(key), key], dim=1)[None]
-    values = torch.cat([prefix[1].to(value), value], dim=1)[None]
-    return F.scaled_dot_product_attention(
-        query[None], keys, values, layout.whole(), dropout, scale=scale, enable_gqa=len(query) != len(key)
-    )[0].transpose(0, 1)
+    groups = len(query) // len(key)
+    # a kv head for each query head: for enable_gqa with a mask CUDA has the kernel with whole scores alone
+    keys, values = (
+        torch.cat([before.to(text), text], dim=1).repeat_interleave(groups, dim=0)[None]
+        for before, text in zip(prefix, (key, value), strict=True)
+    )
+    found = F.scaled_dot_product_attention(query[None], keys, values, layout.whole, dropout, scale=scale)
+    return found[0].transpose(0, 1)
 
 
 def _rows(query: Tensor, kv_heads: int) -> Tensor:
