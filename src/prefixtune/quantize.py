@@ -39,7 +39,7 @@ __all__ = [
 
 BLOCK = 64  # weights that share a scale in nf4
 # weights that are packed at once, a multiple of BLOCK: whole layers left glibc's heap full of holes
-PIECE = 2**18
+PIECE = 2**16
 LARGEST = 127  # of int8; -128 is left out, so that the scale is symmetric
 SPARED = 0.1  # share of the weights outside embeddings that may stay as they are (routers, small projections)
 
