@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from prefixtune.cli.group import Group
-from prefixtune.cli.options import config_options, json_option
+from prefixtune.cli.options import ONE_SOURCE, config_options, json_option
 from prefixtune.cli.output import print_json, say
 from prefixtune.config import DataConfig
 
@@ -26,7 +26,7 @@ def data() -> None:
 @click.option(
     "--rows", default=5, show_default=True, type=click.IntRange(min=0), help="how many rows to show"
 )
-@config_options("data", only=("template", "fields", "max_length", "split", "on_no_target", "limit"))
+@config_options("data", only=ONE_SOURCE)
 @json_option
 def show(source: str, model: str, rows: int, data_options: dict[str, Any], as_json: bool) -> None:
     """Show rows as token ids will have them, with the targets in green, and what is cut or dropped."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from prefixtune.cli.options import config_options, json_option, model_options
+from prefixtune.cli.options import ONE_SOURCE, config_options, json_option, model_options
 from prefixtune.cli.output import print_json, say, to_json
 from prefixtune.config import DataConfig
 from prefixtune.errors import ConfigError
@@ -68,7 +68,7 @@ _FILE = click.Path(path_type=Path)
 )
 @config_options(
     "data",
-    only=("template", "fields", "max_length", "split", "on_no_target", "limit"),
+    only=ONE_SOURCE,
     defaults={"template": "what the prefix was trained with, else as train has it"},
 )
 @json_option

@@ -22,7 +22,7 @@ from prefixtune.config import SCHEMES, DataConfig, DistillConfig, PrefixConfig, 
 from prefixtune.errors import ConfigError
 from prefixtune.serve.config import ServeConfig
 
-__all__ = ["Knob", "config_options", "json_option", "model_options"]
+__all__ = ["ONE_SOURCE", "Knob", "config_options", "json_option", "model_options"]
 
 SECTIONS: dict[str, type[Any]] = {
     "prefix": PrefixConfig,
@@ -31,6 +31,8 @@ SECTIONS: dict[str, type[Any]] = {
     "distill": DistillConfig,
     "serve": ServeConfig,
 }
+# of [data], those of a command that reads one source
+ONE_SOURCE = ("template", "fields", "max_length", "split", "on_no_target", "limit")
 SOURCE = "source"  # in a TOML file, [data] source = "…" is what --data says
 
 Command = Callable[..., Any]
@@ -77,8 +79,7 @@ def config_options(
     The command gets what the user gave, and nothing else, as `{section}_options: dict[str, Any]`.
 
     Args:
-        sections: of "prefix", "data", "train" and "distill".
-        sections: of "prefix", "data", "train" and "serve".
+        sections: of "prefix", "data", "train", "distill" and "serve".
         only: these fields; all of them unless given.
         defaults: what the help says instead of a field's default, by field name.
         files: add --config and --set; a command may have a file of its own.
@@ -112,7 +113,6 @@ def config_options(
     return decorate
 
 
-_CONFIG_HELP = "TOML file with values for these options, in sections such as [prefix], [data] and [train]"
 _CONFIG_HELP = "TOML file with values for these options, in the sections that the command has, e.g. [data]"
 _SET_HELP = "one option by its name, e.g. learning_rate=0.01 or train.learning_rate=0.01; repeatable"
 
