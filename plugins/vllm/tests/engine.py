@@ -37,9 +37,20 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens."""
+    """Where it listens; the client is for one thread at a time."""
 
     client: httpx.Client
+
+    @contextmanager
+    def apart(self) -> Iterator[Server]:
+        """The same server for another thread, over a connection of its own.
+
+        Threads must not share a client: httpcore 1.0 looks whether a connection is idle and then whether it can
+        be read, so one thread closes the connection that another is being answered on ([Errno 9] Bad file
+        descriptor).
+        """
+        with httpx.Client(base_url=self.client.base_url, timeout=START) as client:
+            yield Server(client)
 
     def chat(self, model: str, content: str, **more: Any) -> httpx.Response:
         messages = [{"role": "user", "content": content}]
@@ -81,9 +92,8 @@ def launch(folder: Path, log: Path, *more: str, **environment: str) -> tuple[sub
 def serving(folder: Path, log: Path, *more: str) -> Iterator[Server]:
     """A server that has started."""
     process, address = launch(folder, log, *more)
-    many = httpx.Limits(max_connections=None)
     try:
-        with httpx.Client(base_url=address, timeout=START, limits=many) as client:
+        with httpx.Client(base_url=address, timeout=START) as client:
             deadline = time.monotonic() + START
             while not _answers(client):
                 if process.poll() is not None or time.monotonic() > deadline:
