@@ -45,8 +45,8 @@ class Server:
     def apart(self) -> Iterator[Server]:
         """The same server for another thread, over a connection of its own.
 
-        Threads must not share a client: httpcore 1.0 looks whether a connection is idle and then whether it can
-        be read, so one thread closes the connection that another is being answered on ([Errno 9] Bad file
+        Threads must not share a client: httpcore 1.0 looks whether a connection is idle and then whether it
+        can be read, so one thread closes the connection that another is being answered on ([Errno 9] Bad file
         descriptor).
         """
         with httpx.Client(base_url=self.client.base_url, timeout=START) as client:
