@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from families import tiny_model
-from prefixtune.demo import CACHE_VARIABLE, new_demo_copy
+from prefixtune.demo import CACHE_VARIABLE, demo_copy, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
+from prefixtune.gguf_file import set_special_tokens
 from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.precision import choose_dtype
 from prefixtune.storage import Fingerprint
@@ -255,6 +258,35 @@ def test_demo_is_kept_as_a_copy_of_the_same_bits(
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         load_base("demo", dtype="float32")
     assert f"delete {copy}" in str(caught.value)
+
+
+def test_environments_share_the_copy_of_one_file(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name / "a.gguf" for name in ("one", "same", "other"))
+    for file, content in ((one, b"1"), (same, b"1"), (other, b"2")):
+        file.parent.mkdir()
+        file.write_bytes(content)
+    os.utime(same, (0, 0))
+    assert demo_copy(one) == demo_copy(same) != demo_copy(other)
+
+
+def test_begin_and_end_of_a_text_are_those_of_the_gguf_file(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    tokenizer = byte_tokenizer()
+    begin, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
+    writer.add_bos_token_id(begin)
+    writer.add_eos_token_id(end)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    tokenizer.eos_token = "<|im_start|>"  # as transformers 5.17 reads the file
+    set_special_tokens(tokenizer, tmp_path / "a.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.slow
+def test_the_demo_ends_a_turn_as_its_model_does() -> None:
+    base = load_base("demo", dtype="float32")
+    assert base.tokenizer.eos_token == base.tokenizer.pad_token == "<|im_end|>"
+    assert base.tokenizer.eos_token_id == base.model.generation_config.eos_token_id
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ same float32 numbers as save_pretrained writes them, in the user's cache, and lo
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -42,12 +43,14 @@ def demo_file() -> Path:
 def demo_copy(file: Path) -> Path:
     """The folder of the copy of `file`, whether it is there or not.
 
-    Named by what the numbers depend on: the file, and the version of transformers, which dequantises it.
+    Named by what the numbers depend on: the file's content (so environments share a copy), and the version of
+    transformers, which dequantises it.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prefixtune"
-    told = file.stat()
     version = importlib.metadata.version("transformers")
-    name = f"{file.stem}-{told.st_size:x}-{told.st_mtime_ns:x}-transformers-{version}"
+    with file.open("rb") as content:  # 0.1 s
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    name = f"{file.stem}-{digest[:16]}-transformers-{version}"
     return Path(os.environ.get(CACHE_VARIABLE) or default).expanduser() / name
 
 

@@ -5,7 +5,6 @@ A name is a hub name, a folder, a `.gguf` file, or `demo` (the small model in th
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, demo_file, new_demo_copy
-from prefixtune.errors import MissingExtraError, ModelError
+from prefixtune.errors import ModelError
 from prefixtune.geometry import text_config
+from prefixtune.gguf_file import need_gguf, set_special_tokens
 from prefixtune.precision import choose_dtype, device_of
 from prefixtune.progress import note
 from prefixtune.quantize import check_scheme, quantization, quantize_base
@@ -193,7 +193,7 @@ def _demo() -> _Source:
     copy = demo_copy(file)
     if copy.is_dir():
         return _Source(name="demo", path=str(copy))
-    _need_gguf("demo")
+    need_gguf("demo")
     return _Source(name="demo", path=str(file.parent), gguf_file=file.name)
 
 
@@ -225,17 +225,10 @@ def _folder(name: str, path: Path) -> _Source:
 
 def _file(name: str, path: Path) -> _Source:
     if path.suffix == ".gguf":
-        _need_gguf(name)
+        need_gguf(name)
         return _Source(name=name, path=str(path.parent), gguf_file=path.name)
     hint = f"name its folder: {path.parent}" if path.name == "config.json" else None
     raise ModelError(f"{name}: expected a hub name, a folder, a .gguf file, or demo", hint=hint)
-
-
-def _need_gguf(name: str) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(
-            f"{name}: reading .gguf files needs the package gguf", hint="pip install 'prefixtune[gguf]'"
-        )
 
 
 def _hub(name: str) -> _Source:
@@ -358,6 +351,8 @@ def _read_tokenizer(source: _Source) -> Any:
 
     with _explained(source.name, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+        if source.gguf_file is not None:
+            set_special_tokens(tokenizer, Path(source.path, source.gguf_file))
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
