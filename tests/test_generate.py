@@ -255,3 +255,13 @@ def test_conversation_by_chat_template_is_what_the_template_renders() -> None:
     ]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert conversation_ids([("Who?", "You.")], "Why?", tokenizer, "chat") == expected
+
+
+def test_tokens_are_read_once_though_the_configuration_says_otherwise() -> None:
+    base = tiny_model("mpt", vocab_size=len(TOKENIZER))
+    base.generation_config.use_cache = False  # as MPT's configuration has it
+    generate_batch(base, TOKENIZER, PROMPTS[:1], max_new_tokens=1)  # looks at the model, once
+    read: list[int] = []
+    base.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    generate_batch(base, TOKENIZER, PROMPTS[:1], max_new_tokens=4)
+    assert read == [len(PROMPTS[0]), 1, 1, 1]

@@ -39,6 +39,7 @@ __all__ = [
 PLAIN = {  # a model's generation config may have any of these
     name: value
     for name, value in {
+        "use_cache": True,  # MPT's configuration leaves it off
         "num_beams": 1,
         "num_return_sequences": 1,
         "repetition_penalty": 1.0,

@@ -302,10 +302,15 @@ def _unsupported_unless_it_runs(base: nn.Module) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, UnsupportedModelError):
         raise
-    except (LookupError, ValueError, AttributeError, TypeError, RuntimeError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError, AssertionError, RuntimeError) as error:
+        kind = f"{type(base).__name__} ({text_config(base).model_type})"
+        if _device(base).type == "meta" and "meta" in str(error):
+            raise UnsupportedModelError(
+                f"{kind} cannot be looked at without its weights: {error}",
+                hint="name the folder of the model with its weights, not its configuration alone",
+            ) from error
         raise UnsupportedModelError(
-            f"{type(base).__name__} ({text_config(base).model_type}) did not run a few tokens with a plain "
-            f"key/value cache: {error}",
+            f"{kind} did not run a few tokens with a plain key/value cache: {error}",
             hint="models with state-space, linear-attention or other recurrent layers have no prefix",
         ) from error
 

@@ -22,6 +22,7 @@ from oracle import (
     C,
     assert_close,
     bare,
+    both_ways,
     every_family,
     generated,
     joined,
@@ -29,6 +30,7 @@ from oracle import (
     left_padded,
     logits,
     outcome,
+    prefixed,
     step_logits,
     tokens,
 )
@@ -38,6 +40,7 @@ from families import COMMON, MIXED, TOKENS, VOCAB, randomised, sized_config, tin
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach
 from prefixtune.errors import AttachError, ConfigError, PrefixTuneError, UnsupportedModelError
+from prefixtune.geometry import Geometry
 
 SEQ2SEQ: dict[str, Any] = dict(
     vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
@@ -414,6 +417,49 @@ def test_what_is_no_cache_is_refused(past: Any) -> None:
         pytest.raises(AttachError, match="past_key_values"),
     ):
         base(input_ids=B, past_key_values=past)
+
+
+@both_ways
+@pytest.mark.parametrize("option", [{"guidance_scale": 1.7}, {"assistant_early_exit": 1}])
+@pytest.mark.parametrize("place", ["call", "config", "model"])
+def test_generate_refuses_what_would_not_be_exact(
+    way: str, option: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bare("llama")
+    before = logits(base, B)
+    with prefixed(way, "llama", kv_of("llama", A)) as model:
+        given: dict[str, Any] = option
+        if place == "config":
+            given = {"generation_config": hf.GenerationConfig(max_new_tokens=2, eos_token_id=[], **option)}
+        elif place == "model":
+            (name, value), given = *option.items(), {}
+            monkeypatch.setattr(base.generation_config, name, value)
+        with pytest.raises(AttachError, match=next(iter(option))):
+            model.generate(B, attention_mask=torch.ones_like(B), **given)
+        monkeypatch.undo()
+        generated(model, B, guidance_scale=1.0)
+    assert torch.equal(logits(base, B), before)  # an early exit leaves out layers, and would after an error
+
+
+def test_continuous_batching_of_transformers_is_refused() -> None:
+    with attach(bare("llama"), kv_of("llama", A)) as base, pytest.raises(AttachError, match="serve"):
+        base.generate_batch([B[0].tolist()])
+
+
+def test_a_model_whose_own_code_asserts_is_refused_by_name() -> None:
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_encoder_layers=2, num_decoder_layers=2)
+    heads = dict(num_encoder_attention_heads=4, num_decoder_attention_heads=4, ngram=2)
+    config = hf.ProphetNetConfig(**sizes, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48, **TOKENS)
+    base = hf.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UnsupportedModelError, match="ProphetNet"):
+        PrefixModel(base, PrefixConfig(length=3))
+
+
+def test_a_model_that_reads_values_is_told_to_need_its_weights() -> None:
+    with torch.device("meta"):
+        base = hf.AutoModelForCausalLM.from_config(hf.BioGptConfig(**COMMON))
+    with pytest.raises(UnsupportedModelError, match="without its weights"):
+        Geometry.probe(base)
 
 
 def test_loss_of_trl_which_would_run_without_the_prefix_is_refused() -> None:

@@ -22,6 +22,12 @@ __all__ = ["Session", "attach", "attach_pairs", "supported"]
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _SUPPORTED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
+# options of generate that have no exact meaning with a prefix: values that leave them off, and why
+_INEXACT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "guidance_scale": ((None, 1), "its second pass leaves the text out, but would keep the prefix"),
+    "assistant_early_exit": ((None,), "its drafts run some of the layers, and the prefix is in all"),
+}
+_BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 @contextmanager
@@ -88,7 +94,7 @@ def supported(base: nn.Module) -> Geometry:
         try:
             if not next(base.parameters()).is_meta:
                 _check_oracle(base)
-        except (LookupError, RuntimeError, AttachError) as error:
+        except (LookupError, RuntimeError, AssertionError, AttachError) as error:
             del _SUPPORTED[base]
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -173,6 +179,9 @@ class Session:
             # generate would turn masks into 4D for static caches, and compile: both in columns of text only
             self._set(self.base, "create_masks_for_generate", _keep_mask)
             self._set(self.base, "_valid_auto_compile_criteria", lambda *args, **kwargs: False)
+            for name in _BATCHES:
+                if hasattr(self.base, name):
+                    self._set(self.base, name, _no_continuous_batching)
 
     def __exit__(self, *error: object) -> None:
         for undo in reversed(self.undo):
@@ -189,6 +198,7 @@ class Session:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             self._check_count(_prompts(*args, **kwargs))  # the passes within have beams too, which hide it
+            _check_options(getattr(self.base, "generation_config", None), *args, **kwargs)
             self.generating = True
             try:
                 return original(*args, **kwargs)
@@ -251,6 +261,26 @@ def _prompts(inputs: Any = None, *args: Any, **kwargs: Any) -> int:
     names = ("inputs_embeds", "input_ids", "attention_mask")
     given = (value for value in (inputs, *map(kwargs.get, names)) if value is not None)
     return next((len(value) for value in given), 1)
+
+
+def _check_options(own: Any, inputs: Any = None, config: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Refuse what `generate` would do inexactly, from its arguments, its config or the model's own."""
+    configs = [given for given in (kwargs.get("generation_config", config), own) if given is not None]
+    for name, (off, why) in _INEXACT.items():
+        values = [kwargs.get(name), *(getattr(given, name, None) for given in configs)]
+        value = next((value for value in values if value is not None), None)
+        if value not in off:
+            raise AttachError(
+                f"generate: {name}={value} has no exact meaning with a prefix: {why}",
+                hint=f"leave {name} out",
+            )
+
+
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    raise AttachError(
+        "continuous batching pages its cache, and a prefix has no place in its pages",
+        hint="call generate with a batch, or serve it: prefixtune serve batches continuously",
+    )
 
 
 def _keep_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
