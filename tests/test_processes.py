@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from click.testing import CliRunner, Result
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from families import tiny_model
@@ -136,6 +138,9 @@ def test_command_in_two_processes_trains_as_in_one_on_the_rows_of_both(place: Pa
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.skipif(
+    Version(hf.__version__) < Version("5.18"), reason="transformers 5.17 reads checkpoints onto cpu:0"
+)
 def test_run_in_two_processes_goes_on_in_two_and_not_in_one(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "two", tmp_path / "two")
     (tmp_path / "two" / "prefix.json").unlink()
