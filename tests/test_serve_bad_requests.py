@@ -137,6 +137,9 @@ def test_admin_loads_reloads_lists_and_unloads(client: Any, tmp_path: Path) -> N
     assert entry["length"] == 4
     (folder / "late" / "prefix.safetensors").write_bytes(b"")
     complete = {"model": f"{NAME}:late", "prompt": "x", "max_tokens": 1}
+    assert client.post("/admin/prefixes", json={"name": "late"}, headers=headers).status_code == 400
+    assert client.post(TEXT, json=complete).status_code == 200  # from memory
+    client.service.store._forget("late")
     assert client.post(TEXT, json=complete).status_code == 503
     assert client.delete("/admin/prefixes/late", headers=headers).json()["models"] == 1
     for path in ("/admin/prefixes/late", "/admin/prefixes/%2e%2e"):

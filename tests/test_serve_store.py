@@ -247,6 +247,22 @@ def test_loading_over_a_name_keeps_the_old_one_unless_the_new_one_is_good(base: 
     assert store.get("a").kv.length == 6
 
 
+def test_damaged_folder_takes_no_name_that_is_not_in_memory(base: Any, folder: Path) -> None:
+    damage(folder / "b")
+    store = store_of(base, folder)
+    for name in ("a", "new"):
+        with pytest.raises(StorageError, match="checksum"):
+            store.add_within(name, "b")
+    assert store.names() == ["a", "b", "c"]
+    assert store.get("a").kv.length == 4
+    with pytest.raises(StorageError, match="checksum"):
+        store.refresh("b")
+    store.add_within("new", "c")
+    assert store.hits == 0
+    assert store.get("new").kv.length == 6
+    assert store.hits == 1  # it was kept as it was read
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../a", "a/b", "a\\b", "-a", "a b", "a\n", "a\0", "ä", "a" * 129, "%2e%2e", "a:b"]
 )

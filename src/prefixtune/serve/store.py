@@ -152,8 +152,8 @@ class Store:
 
     # --- names come and go
 
-    def add(self, name: str, folder: Path) -> None:
-        """Serve the prefix of `folder` as `name` from now on.
+    def add(self, name: str, folder: Path, *, lazily: bool = True) -> None:
+        """Serve the prefix of `folder` as `name` from now on; if not `lazily`, its tensors are read first.
 
         Raises:
             ConfigError: the name cannot be one.
@@ -165,17 +165,14 @@ class Store:
                 hint="letters, digits, '.', '_' and '-', at most 128, the first a letter or a digit",
             )
         signature = _signature(folder)
-        info = self._checked_info(folder)
+        fresh = _Entry(folder=folder, seen=signature, info=self._checked_info(folder))
+        served = None if lazily else self._load(name, folder)  # raises before anything has changed
         with self._lock:
-            fresh = _Entry(folder=folder, seen=signature, info=info)
             before = self._entries.get(name)
-            if before is not None and before.served is not None:
-                served = self._load(name, folder)  # raises before anything has changed
-                self._forget(name)
-                self._entries[name] = fresh
+            self._forget(name)
+            self._entries[name] = fresh
+            if served is not None:
                 self._keep(name, fresh, served)
-            else:
-                self._entries[name] = fresh
             self._hidden.discard(name)
         self._tell("added" if before is None else "replaced", name, "")
 
@@ -190,7 +187,7 @@ class Store:
         self._tell("removed", name, "")
 
     def add_within(self, name: str, relative: str) -> None:
-        """`add` for a folder named from outside: it must lie within the prefix folder, links followed."""
+        """`add`, read at once, for a folder named from outside: within the prefix folder, links followed."""
         if self._folder is None:
             raise ConfigError("the server has no --prefix-dir to load from")
         root = self._folder.resolve()
@@ -200,7 +197,7 @@ class Store:
             place = root
         if "\0" in relative or place == root or not place.is_relative_to(root):
             raise ConfigError("the folder is not within --prefix-dir")
-        self.add(name, place)
+        self.add(name, place, lazily=False)
 
     def refresh(self, name: str | None = None) -> None:
         """Look at the disk again: new, changed and vanished folders. With a name, at its folder only.
@@ -215,7 +212,7 @@ class Store:
                 if entry is None:
                     raise UnknownPrefixError(f"there is no prefix {name!r}")
                 entry.seen = None
-                self._look_again(name, entry)
+                self._look_again(name, entry, lazily=False)
                 if entry.problem is not None:
                     raise StorageError(entry.problem)
             return
@@ -245,7 +242,7 @@ class Store:
             with self._lock:
                 self._entries[item.name] = _Entry(folder=Path(item.path))
 
-    def _look_again(self, name: str, entry: _Entry) -> None:
+    def _look_again(self, name: str, entry: _Entry, *, lazily: bool = True) -> None:
         signature = _signature(entry.folder)
         if signature == entry.seen:
             return
@@ -257,7 +254,7 @@ class Store:
             return
         try:
             info = self._checked_info(entry.folder)
-            served = self._load(name, entry.folder) if entry.served is not None else None
+            served = self._load(name, entry.folder) if entry.served is not None or not lazily else None
         except (PrefixTuneError, OSError) as error:
             self._refuse(name, entry, error)
             return
