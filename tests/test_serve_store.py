@@ -223,6 +223,20 @@ def test_new_folder_appears_and_removed_folder_goes(base: Any, folder: Path) -> 
         store.get("b")
 
 
+@pytest.mark.parametrize("how", ["relative", "link"])
+def test_folder_that_was_named_from_outside_goes_too(
+    base: Any, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    os.symlink(folder, "link")
+    store = store_of(base, Path("prefixes") if how == "relative" else folder.parent / "link")
+    store.add_within("x", "b")
+    store.add_within("b", "b")
+    shutil.rmtree(folder / "b")
+    store.refresh()
+    assert store.names() == ["a", "c"]
+
+
 def test_unloaded_prefix_stays_away_until_it_is_loaded(base: Any, folder: Path) -> None:
     store = store_of(base, folder)
     store.get("a")

@@ -197,7 +197,8 @@ class Store:
             place = root
         if "\0" in relative or place == root or not place.is_relative_to(root):
             raise ConfigError("the folder is not within --prefix-dir")
-        self.add(name, place, lazily=False)
+        # spelled as `refresh` finds it, so that one that vanishes is known to have been in there
+        self.add(name, self._folder / place.relative_to(root), lazily=False)
 
     def refresh(self, name: str | None = None) -> None:
         """Look at the disk again: new, changed and vanished folders. With a name, at its folder only.
