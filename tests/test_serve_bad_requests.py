@@ -124,6 +124,22 @@ def test_admins_mistake_is_told_and_changes_nothing(client: Any, body: dict[str,
     assert client.service.store.names() == ["human"]
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"folder": "a"}, "name", "missing_required_parameter"),
+        ({"name": "../x"}, "name", "invalid_value"),
+        ({"name": 3}, "name", "invalid_value"),
+        ({"name": "a", "folder": ""}, "folder", "invalid_value"),
+        ({"name": "a", "path": "a"}, "path", "unsupported_parameter"),
+    ],
+)
+def test_admins_mistake_is_told_by_its_field(client: Any, body: Any, param: str, code: str) -> None:
+    response = client.post("/admin/prefixes", json=body, headers={"authorization": "Bearer a"})
+    check(client, response, 400, param)
+    assert response.json()["error"]["code"] == code
+
+
 def test_admin_loads_reloads_lists_and_unloads(client: Any, tmp_path: Path) -> None:
     headers = {"authorization": "Bearer a"}
     folder = client.service.store._folder

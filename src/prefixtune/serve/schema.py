@@ -122,6 +122,7 @@ class LoadRequest(_Strict):
 _OFFERED = {
     *(set(_Request.model_fields) - {"logit_bias"}),
     *("messages", "max_completion_tokens", "logprobs", "top_logprobs", "prompt"),
+    *LoadRequest.model_fields,
 }
 
 
