@@ -248,6 +248,16 @@ def test_streamed_text_is_the_whole_text_whatever_its_characters(client: Any) ->
         assert whole["text"] == text_of(whole["token_ids"])
 
 
+def test_stop_string_that_comes_with_the_last_of_the_text_is_the_reason(client: Any) -> None:
+    body = {"prompt": random_ids(5, 1), "temperature": 2.0, "seed": 1, "n": 16, "max_tokens": 1}
+    parts = [c["index"] for c in complete(client, **body)["choices"] if c["text"] == "\ufffd"]
+    assert parts
+    for choice in complete(client, **body, stop="\ufffd")["choices"]:
+        is_part = choice["index"] in parts
+        assert choice["finish_reason"] == ("stop" if is_part else "length")
+        assert not is_part or choice["text"] == ""
+
+
 def test_logprobs_are_the_models_own(base: Any, client: Any) -> None:
     ids = random_ids(6, 1)
     found = complete(client, prompt=ids, max_tokens=4, logprobs=3, return_token_ids=True)["choices"][0]

@@ -54,3 +54,16 @@ def test_what_only_began_like_a_stop_string_is_given_in_the_end() -> None:
     assert "".join(given) == "red, "
     assert writer.finish() == "blue and"
     assert not writer.stopped
+
+
+def test_stop_string_is_seen_where_a_part_of_a_character_follows_it() -> None:
+    tokenizer = byte_tokenizer()
+    mixed = next(i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "三\ufffd")
+    for stop in ("三", "s三"):
+        writer = Writer(tokenizer, ["never", stop])
+        given = [writer.add(token) for token in (*tokenizer("colours")["input_ids"], mixed)]
+        assert writer.stopped
+        assert "".join(given) == "colours三"[: -len(stop)]
+    writer = Writer(tokenizer, ["原"])
+    assert writer.add(mixed) + writer.finish() == "三\ufffd"
+    assert not writer.stopped

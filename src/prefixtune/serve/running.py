@@ -111,8 +111,9 @@ class Running:
             return self._put(Piece(index=index, failure=step.failure, ended="error"))
         answer = self._growing[index]
         if step.choice is None:
-            text = answer.writer.finish()
-            return self._put(Piece(index=index, text=text, ended=step.ended))
+            text = answer.writer.finish()  # in which a stop string may come to its end
+            ended = "stop" if answer.writer.stopped else step.ended
+            return self._put(Piece(index=index, text=text, ended=ended))
         choice = step.choice
         self._measure(answer)
         chances: tuple[TokenChance, ...] = ()

@@ -29,7 +29,11 @@ class Writer:
         self._ids.append(token)
         before = self._decode(self._ids[self._shown : self._read])
         text = self._decode(self._ids[self._shown :])
-        if len(text) <= len(before) or text.endswith(UNFINISHED):
+        if text.endswith(UNFINISHED):  # what is before the unfinished character is certain
+            certain = text.rstrip(UNFINISHED)[len(before) :]
+            ends = any(stop in self._held + certain for stop in self._stops)
+            return self._release(certain) if ends else ""
+        if len(text) <= len(before):
             return ""
         self._shown, self._read = self._read, len(self._ids)
         return self._release(text[len(before) :])
