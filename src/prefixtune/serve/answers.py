@@ -9,17 +9,22 @@ from typing import Any
 from uuid import uuid4
 
 from prefixtune.serve.problems import encoded
+from prefixtune.serve.spelling import Spelled
 
 __all__ = ["Answer", "Piece", "Shape", "TokenChance"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChance:
-    """A token's text with its log-probability, and the most probable texts in its place with theirs."""
+    """A token with its log-probability, and the most probable ones in its place with theirs, best first.
 
-    text: str
+    `offset` is how many characters of the answer are before it.
+    """
+
+    token: Spelled
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[Spelled, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,6 @@ class Shape:
     tells_usage: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    _length: dict[int, int] = field(default_factory=dict)  # characters of each answer that were sent
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid4().hex}"
@@ -95,10 +99,8 @@ class Shape:
     def chunk(self, piece: Piece) -> bytes:
         """What is new, as an event of a stream."""
         if not self.is_chat:
-            offset = self._length.get(piece.index, 0)
-            self._length[piece.index] = offset + len(piece.text)
             answer = Answer(piece.text, list(piece.tokens), list(piece.chances), piece.ended)
-            return self._chunk([self._choice(piece.index, answer, offset=offset)])
+            return self._chunk([self._choice(piece.index, answer)])
         delta = {"content": piece.text} if piece.text or piece.chances or piece.tokens else {}
         part = self._part(piece.index, delta, piece.ended)
         if self.tells_chances and piece.chances:
@@ -112,7 +114,7 @@ class Shape:
         usage = [self._chunk([], usage=self._usage(made))] if self.tells_usage else []
         return [*usage, event(b"[DONE]")]
 
-    def _choice(self, index: int, answer: Answer, *, offset: int = 0) -> dict[str, Any]:
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": answer.ended, "logprobs": None}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -121,7 +123,7 @@ class Shape:
         else:
             choice["text"] = answer.text
             if self.tells_chances:
-                choice["logprobs"] = _legacy_chances(answer.chances, offset)
+                choice["logprobs"] = _legacy_chances(answer.chances)
         if self.tells_tokens:
             choice["token_ids"] = answer.tokens
         return choice
@@ -157,27 +159,27 @@ def event(data: bytes) -> bytes:
 
 
 def _chat_chance(chance: TokenChance) -> dict[str, Any]:
-    top = [_spelled(text, logprob) for text, logprob in chance.top]
-    return {**_spelled(chance.text, chance.logprob), "top_logprobs": top}
+    top = [_told(token, logprob) for token, logprob in chance.top]
+    return {**_told(chance.token, chance.logprob), "top_logprobs": top}
 
 
-def _spelled(text: str, logprob: float) -> dict[str, Any]:
-    # a token that is a part of a character has bytes that its text does not tell
-    spelled = list(text.encode("utf-8", "replace")) if "�" not in text else None
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": spelled}
+def _told(token: Spelled, logprob: float) -> dict[str, Any]:
+    spelled = None if token.raw is None else list(token.raw)
+    return {"token": token.text, "logprob": max(logprob, -9999.0), "bytes": spelled}
 
 
-def _legacy_chances(chances: Sequence[TokenChance], offset: int) -> dict[str, Any]:
-    offsets = []
-    for chance in chances:
-        offsets.append(offset)
-        offset += len(chance.text)
+def _legacy_chances(chances: Sequence[TokenChance]) -> dict[str, Any]:
     return {
-        "tokens": [chance.text for chance in chances],
+        "tokens": [chance.token.text for chance in chances],
         "token_logprobs": [max(chance.logprob, -9999.0) for chance in chances],
-        "top_logprobs": [
-            {text: max(logprob, -9999.0) for text, logprob in (*chance.top, (chance.text, chance.logprob))}
-            for chance in chances
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [_by_text(chance) for chance in chances],
+        "text_offset": [chance.offset for chance in chances],
     }
+
+
+def _by_text(chance: TokenChance) -> dict[str, float]:
+    """Of tokens with the same text the most probable."""
+    found: dict[str, float] = {}
+    for token, logprob in (*chance.top, (chance.token, chance.logprob)):
+        found.setdefault(token.text, max(logprob, -9999.0))
+    return found

@@ -124,7 +124,7 @@ async def _respond(
     if service.config.log_prompts:
         note["request"] = body.model_dump(exclude_none=True)
     try:
-        running = Running(service.engine, service.tokenizer, service.metrics, asked)
+        running = Running(service.engine, service.tokenizer, service.metrics, asked, speller=service.speller)
     except OverloadedError as error:
         status = 503 if error.closing else 429
         raise ApiError(

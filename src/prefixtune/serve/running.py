@@ -15,6 +15,7 @@ from prefixtune.serve.engine import Engine
 from prefixtune.serve.job import Job, Step
 from prefixtune.serve.metrics import Metrics
 from prefixtune.serve.sampling import Sampling
+from prefixtune.serve.spelling import Speller
 from prefixtune.serve.text import Writer
 
 __all__ = ["Asked", "Running"]
@@ -51,6 +52,7 @@ class _Growing:
 
     writer: Writer
     last: float = 0.0
+    is_begun: bool = False  # whether a token has come that adds text
 
 
 class Running:
@@ -60,8 +62,10 @@ class Running:
         OverloadedError: the engine takes nothing now.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, metrics: Metrics, asked: Asked) -> None:
-        self._engine, self._tokenizer, self._metrics, self.asked = engine, tokenizer, metrics, asked
+    def __init__(
+        self, engine: Engine, tokenizer: Any, metrics: Metrics, asked: Asked, *, speller: Speller
+    ) -> None:
+        self._engine, self._metrics, self.asked, self._speller = engine, metrics, asked, speller
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._open = asked.answers
@@ -118,8 +122,7 @@ class Running:
         self._measure(answer)
         chances: tuple[TokenChance, ...] = ()
         if choice.logprob is not None:
-            top = tuple((self._spell(token), logprob) for token, logprob in choice.top)
-            chances = (TokenChance(text=self._spell(choice.token), logprob=choice.logprob, top=top),)
+            chances = (self._chance(answer, choice.token, choice.logprob, choice.top),)
         text = answer.writer.add(choice.token)
         ended = "stop" if answer.writer.stopped else None
         self._put(Piece(index=index, text=text, tokens=(choice.token,), chances=chances, ended=ended))
@@ -139,6 +142,14 @@ class Running:
             self._metrics.next_token.observe(now - answer.last)
         answer.last = now
 
-    def _spell(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
+    def _chance(
+        self, answer: _Growing, token: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> TokenChance:
+        is_first = not answer.is_begun
+        answer.is_begun |= self._speller.adds_text(token)
+        return TokenChance(
+            token=self._speller.spell(token, is_first=is_first),
+            logprob=logprob,
+            top=tuple((self._speller.spell(other, is_first=is_first), chance) for other, chance in top),
+            offset=answer.writer.length,
+        )

@@ -24,6 +24,7 @@ from prefixtune.serve.running import Asked
 from prefixtune.serve.sampling import Sampling
 from prefixtune.serve.schema import ChatRequest, CompletionRequest
 from prefixtune.serve.selftest import Way, check_batches
+from prefixtune.serve.spelling import Speller
 from prefixtune.serve.store import PrefixUnavailableError, Served, Store, UnknownPrefixError
 
 __all__ = ["Service"]
@@ -60,7 +61,7 @@ class Service:
         self.log, self.metrics = log or Log(), Metrics()
         self._rows = config.rows
         self.engine = self._checked_engine(model)
-        self.prompts = Prompts(tokenizer)
+        self.prompts, self.speller = Prompts(tokenizer), Speller(tokenizer)
         self._ends, self._chat_ends = (
             frozenset(ending(model, tokenizer, template)["eos_token_id"] or ()) for template in (None, "chat")
         )

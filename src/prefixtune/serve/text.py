@@ -22,6 +22,8 @@ class Writer:
         self._ids: list[int] = []
         self._shown = self._read = 0  # tokens whose text is context for the next, and that have been read
         self._held = ""
+        self._done = 0  # characters of the tokens that have been read
+        self.length = 0  # characters of all tokens so far, held back or not, without an unfinished one
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -31,11 +33,13 @@ class Writer:
         text = self._decode(self._ids[self._shown :])
         if text.endswith(UNFINISHED):  # what is before the unfinished character is certain
             certain = text.rstrip(UNFINISHED)[len(before) :]
+            self.length = self._done + len(certain)
             ends = any(stop in self._held + certain for stop in self._stops)
             return self._release(certain) if ends else ""
         if len(text) <= len(before):
             return ""
         self._shown, self._read = self._read, len(self._ids)
+        self._done = self.length = self._done + len(text) - len(before)
         return self._release(text[len(before) :])
 
     def finish(self) -> str:
