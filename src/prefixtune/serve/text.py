@@ -14,7 +14,9 @@ class Writer:
     """The text of an answer as it grows.
 
     Text is held back while it may be the beginning of a stop string or of a character; joined, what `add` and
-    `finish` return is the tokenizer's own text of all tokens, up to the first stop string.
+    `finish` return is the tokenizer's own text of all tokens, up to the first stop string. But with byte
+    fallback an invalid byte makes U+FFFD of its whole run of bytes; characters of the run that are out
+    already stay what they were (to wait for each run's end would delay "\\n", and the stop strings in it).
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
