@@ -105,6 +105,16 @@ def test_tokens_are_where_their_offsets_say_and_joined_are_the_text(make: Any, s
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_token_after_a_part_of_a_character_is_where_it_is(make: Any) -> None:
+    tokenizer = make()
+    blue = tokenizer("blue", add_special_tokens=False)["input_ids"]
+    part = tokenizer("\U0001f642", add_special_tokens=False)["input_ids"][-3]
+    text, found = told(tokenizer, [*blue, part, *blue])
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert text[offset:].startswith("\ufffd" if token == r"bytes:\x9f" else token)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_bytes_of_a_chats_tokens_are_those_of_the_text(make: Any) -> None:
     tokenizer = make()
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]

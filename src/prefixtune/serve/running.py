@@ -120,10 +120,11 @@ class Running:
             return self._put(Piece(index=index, text=text, ended=ended))
         choice = step.choice
         self._measure(answer)
+        start = answer.writer.length
+        text = answer.writer.add(choice.token)
         chances: tuple[TokenChance, ...] = ()
         if choice.logprob is not None:
-            chances = (self._chance(answer, choice.token, choice.logprob, choice.top),)
-        text = answer.writer.add(choice.token)
+            chances = (self._chance(answer, choice.token, choice.logprob, choice.top, start),)
         ended = "stop" if answer.writer.stopped else None
         self._put(Piece(index=index, text=text, tokens=(choice.token,), chances=chances, ended=ended))
         return answer.writer.stopped
@@ -143,13 +144,15 @@ class Running:
         answer.last = now
 
     def _chance(
-        self, answer: _Growing, token: int, logprob: float, top: Sequence[tuple[int, float]]
+        self, answer: _Growing, token: int, logprob: float, top: Sequence[tuple[int, float]], start: int
     ) -> TokenChance:
         is_first = not answer.is_begun
         answer.is_begun |= self._speller.adds_text(token)
+        spelled = self._speller.spell(token, is_first=is_first)
         return TokenChance(
-            token=self._speller.spell(token, is_first=is_first),
+            token=spelled,
             logprob=logprob,
             top=tuple((self._speller.spell(other, is_first=is_first), chance) for other, chance in top),
-            offset=answer.writer.length,
+            # after a part of a character that never came to its end, the text grew by more than this token
+            offset=max(start, answer.writer.length - len(spelled.text)),
         )
