@@ -11,6 +11,8 @@ import pytest
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts, fix_date, load_rows
 from prefixtune.errors import DataError
+from prefixtune.generate import conversation_ids, without_target
+from prefixtune.serve.prompts import Prompts
 from test_data_examples import smollm2
 from tokenizers_for_tests import (
     CHATML,
@@ -138,6 +140,38 @@ def test_a_chat_prompt_is_what_serving_sends_and_what_stood_before_the_target(
     first = next(index for index, label in enumerate(example.labels) if label != -100)
     assert example.input_ids[:first] == prompt.input_ids
     assert prompt.reference == "a"
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+@pytest.mark.parametrize("path", ["serve", "generate --data", "chat"])
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_a_prompt_of_several_turns_is_the_chat_templates_own(template: str, path: str, turns: int) -> None:
+    tokenizer = byte_tokenizer(chat_template=template)
+    said = TURNS[: 2 * turns - 1]  # the user asks last
+    want = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+    texts = [message["content"] for message in said]
+    if path == "serve":
+        found = Prompts(tokenizer).of_messages(said, None)
+    elif path == "chat":
+        pairs = list(zip(texts[:-1:2], texts[1::2], strict=True))
+        found = conversation_ids(pairs, texts[-1], tokenizer, "chat")
+    else:
+        asked = without_target([row(said), row(TURNS[: 2 * turns])], "chat")
+        found, answered = (list(prompt.input_ids) for prompt in build_prompts(asked, tokenizer, CHAT))
+        assert answered == want
+    assert found == want
+
+
+def test_a_reference_of_tool_calls_is_what_the_last_turn_says() -> None:
+    uneven = TOOLS.replace(
+        "{{ '\n' }}{% endfor %}",
+        "{{ '\n' if loop.last or message.role != 'assistant' else '\n\n' }}{% endfor %}",
+    )
+    assert uneven != TOOLS  # earlier turns are rendered otherwise
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"a": 1}}}]}
+    prompt = build_prompts([row([*TURNS[:3], call])], byte_tokenizer(chat_template=uneven), CHAT)[0]
+    assert prompt.reference == '<call>look {"a": 1}</call>'
+    assert prompt.text.endswith("<|im_start|>assistant\n")
 
 
 def test_a_chat_prompt_goes_up_to_the_last_assistant_turn() -> None:

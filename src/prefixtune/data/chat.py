@@ -75,19 +75,28 @@ class ChatTemplate:
         return Encoded(input_ids=ids, labels=labels, unclosed=unclosed, without_tools=without_tools)
 
     def prompt(self, row: Row) -> PromptText:
+        """Here only the last turn counts: many templates render it unlike the ones before it."""
         messages = _messages(row)
-        head = messages[: _last_turn(row, messages) + 1]
-        spans, _ = self._turns(row, head)
-        whole, (start, end) = self._render(row, head), spans[-1]
+        last = _last_turn(row, messages)
+        head = messages[: last + 1]
+        whole = self._render(row, head)
+        for index in (index for index, message in enumerate(head) if "tool_calls" in message):
+            header, _ = self._around(row, head, index)
+            turn = self._render(row, head[: index + 1]).removeprefix(header)
+            self._check_call(row, head, index, turn)
+        turns = sum(message["role"] == "assistant" for message in head)
+        marked = self._marked_spans(row, head, turns) if self._marked else None
+        header, after = self._around(row, head, last)
+        asked = whole[: marked[-1][0]] if marked else self._asked(row, head, last, header)
         reference = head[-1]["content"]
         if "tool_calls" in head[-1]:  # they have no text but the template's
-            _, after = self._around(row, head, len(head) - 1)
-            reference = whole[start:end].removesuffix(after.rstrip())
-        return PromptText(
-            input_ids=token_ids(self._tokenizer, whole[:start], special=False),
-            text=whole[:start],
-            reference=reference,
-        )
+            if not whole.startswith(asked):
+                raise _inconsistent(row)
+            closing = after.rstrip()
+            end = _closed_end(whole, len(asked), len(whole), closing) if closing else len(whole)
+            reference = whole[len(asked) : end].removesuffix(closing)
+        ids = token_ids(self._tokenizer, asked, special=False)
+        return PromptText(input_ids=ids, text=asked, reference=reference)
 
     def _render(
         self, row: Row, messages: list[Message], *, generation_prompt: bool = False, tools: bool = True
@@ -152,15 +161,20 @@ class ChatTemplate:
     def _span(self, row: Row, text: str, messages: list[Message], index: int, header: str) -> Span:
         """The turn's text beyond what the template gives as the generation prompt."""
         upto = self._render(row, messages[: index + 1])
+        prompt = self._asked(row, messages, index, header)
+        if not (text.startswith(upto.rstrip()) and upto.startswith(prompt)):
+            raise _inconsistent(row)
+        return len(prompt), len(upto) if text.startswith(upto) else len(upto.rstrip())
+
+    def _asked(self, row: Row, messages: list[Message], index: int, header: str) -> str:
+        """The messages before a turn of the assistant, with the generation prompt."""
         before = self._render(row, messages[:index]) if index else ""
         prompt = self._render(row, messages[:index], generation_prompt=True) if index else ""
         if prompt == before and header.startswith(before):
             # the template knows no generation prompt, so the role header before the content stands for it;
             # a space stays with the content, because in most vocabularies it belongs to the word after it
             prompt = before + header[len(before) :].rstrip(" ")
-        if not (text.startswith(upto.rstrip()) and upto.startswith(prompt)):
-            raise _inconsistent(row)
-        return len(prompt), len(upto) if text.startswith(upto) else len(upto.rstrip())
+        return prompt
 
     def _marked_spans(self, row: Row, messages: list[Message], turns: int) -> list[Span] | None:
         """The spans inside {% generation %}, or None where the marks do not give one per assistant turn."""
