@@ -24,7 +24,7 @@ from prefixtune.distill import Context, closeness
 from prefixtune.distill.comparison import compare, greedy_answers, measure_speed, ways_without
 from prefixtune.distill.context import length_of, prompts_of
 from prefixtune.distill.questions import Question, _first_question, read_questions, split, write_questions
-from prefixtune.distill.teacher import Answered, answer, with_aims
+from prefixtune.distill.teacher import PARTS, Answered, answer, as_text, read_answered, with_aims
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes, RowTokens
@@ -593,6 +593,14 @@ def test_neither_text_nor_instruction_is_wrong_usage(place: Path, tmp_path: Path
     assert "neither --text nor --instruction is given" in stderr
     stderr = fail("distill", "--model", "m", "--instruction", " ", "--output", tmp_path / "run")
     assert "the text is empty" in stderr
+
+
+def test_questions_with_any_line_break_of_unicode_are_read_as_they_were_written(tmp_path: Path) -> None:
+    said = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    ids: dict[str, Any] = {"teacher_ids": (1,), "student_ids": (2,), "answer_ids": (3,)}
+    rows = [Answered(part=part, question=said, answer=said, **ids) for part in PARTS]
+    (tmp_path / "questions.jsonl").write_text(as_text(rows), encoding="utf-8")
+    assert read_answered(tmp_path) == rows
 
 
 def test_run_with_another_text_or_damaged_questions_is_not_resumed(

@@ -141,7 +141,8 @@ def read_answered(output: Path) -> list[Answered]:
     """
     path = output / QUESTIONS
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # split("\n"), not splitlines(): JSON strings may hold U+2028 and other breaks that are no line ends
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         ids = ("teacher_ids", "student_ids", "answer_ids")
         found = [
             Answered(**{**line, **{name: tuple(map(int, line[name])) for name in ids}}) for line in lines

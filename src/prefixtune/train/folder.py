@@ -241,7 +241,7 @@ def cut_metrics(output: Path, step: int) -> None:
     file = output / METRICS
     if file.is_file():
         kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):  # as it is written, not splitlines()
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
