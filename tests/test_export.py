@@ -233,6 +233,29 @@ def test_token_that_is_needed_or_unknown_is_not_reserved(chosen: str) -> None:
         reserve(tokenizer, vocabulary=len(tokenizer) + 9, chosen=chosen)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_token_that_the_chat_template_writes_is_neither_recommended_nor_reserved(named: bool) -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|rare|>", "<|im_start|>", "<|im_end|>"]})
+    if named:
+        tokenizer.chat_template = {"default": LLAMA2, "tool_use": CHATML}
+    for chosen in ("<|im_start|>", "<|im_end|>"):
+        with pytest.raises(ConfigError, match="no text needs") as refused:
+            reserve(tokenizer, vocabulary=len(tokenizer), chosen=chosen)
+        assert "for example <|rare|>" in str(refused.value)
+    with pytest.raises(ModelError, match=r"--reserved-token '<\|rare\|>'"):
+        reserve(tokenizer, vocabulary=len(tokenizer), chosen=None)
+    assert reserve(tokenizer, vocabulary=len(tokenizer), chosen="<|rare|>").text == "<|rare|>"
+
+
+def test_chat_that_holds_the_placeholder_is_not_offered() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    id = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    placeholder = Placeholder(id=id, text="<|im_start|>")
+    server = server_template(CHATML, placeholder)
+    assert chat_arguments("chat", tokenizer, server=server, placeholder=placeholder) is None
+
+
 # --- refusals
 
 

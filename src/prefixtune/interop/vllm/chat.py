@@ -113,6 +113,8 @@ def _is_exact(
             )
         except PrefixTuneError:
             return False
+        if placeholder.id in prompt.input_ids:  # the plugin would refuse it
+            return False
         found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         if found != [placeholder.id] * LENGTH + list(prompt.input_ids):
             return False

@@ -6,6 +6,7 @@ checks of token ids content.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["Placeholder", "reserve"]
 OWN = "<|prefixtune|>"
 # what models call tokens that they have for later; without brackets it is a word that texts have
 SPARE = re.compile(r"<\S*(reserved|unused)\S*>|\[\S*(reserved|unused)\S*\]", re.IGNORECASE)
+CHAT = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+TOOLS = [{"type": "function", "function": {"name": "a", "description": "a", "parameters": {}}}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placehold
     """
     known: dict[str, int] = tokenizer.get_vocab()
     taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    taken |= _of_chats(tokenizer)
     if chosen is not None:
         if chosen not in known or chosen in taken:
             raise ConfigError(
@@ -68,6 +72,22 @@ def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placehold
             f"reserved token {text!r}: the tokenizer does not read it as one token of the model"
         )
     return placeholder
+
+
+def _of_chats(tokenizer: Any) -> set[str]:
+    """The tokens that the chat templates write: every chat would hold them."""
+    given = getattr(tokenizer, "chat_template", None) or {}
+    found: set[str] = set()
+    for template in given.values() if isinstance(given, dict) else [given]:
+        for messages, tools in itertools.product((CHAT, CHAT[1:], CHAT[1:2]), (None, TOOLS)):
+            options = {"chat_template": template, "tools": tools, "add_generation_prompt": True}
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            except Exception:  # a template is a program: it raises what it likes about roles and tools
+                continue
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            found.update(tokenizer.convert_ids_to_tokens(ids))
+    return found
 
 
 def _special(tokenizer: Any, taken: set[str | None]) -> list[str]:
