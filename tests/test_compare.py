@@ -505,6 +505,14 @@ def test_tables_say_the_same_in_any_order() -> None:
         ]
 
 
+def test_list_as_json_has_the_methods_and_settings_that_are_listed() -> None:
+    found = json.loads(invoke("compare", "--list", "--json").stdout)
+    listed = [line.partition(":")[0] for line in invoke("compare", "--list").stdout.splitlines()]
+    assert list(found) == listed
+    assert found["lora"]["learning_rate"] == METHODS["lora"].shown()["learning_rate"]
+    assert found["base"] == {}
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -80,7 +80,8 @@ def compare(
     import prefixtune.compare as room
 
     if list_:
-        _list(room.METHODS)
+        shown = {name: method.shown() for name, method in room.METHODS.items()}
+        print_json(shown) if as_json else _list(room.METHODS)
         return
     table = room.read_file(file) if file is not None else {}
     data, settings = {**table.pop("data", {}), **data_options}, table.pop("settings", {})
