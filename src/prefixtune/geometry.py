@@ -86,11 +86,6 @@ class Geometry:
         """The distinct window sizes, ascending; empty where every layer sees all positions."""
         return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
 
-    def describe(self) -> str:
-        """The first layer's shape and the number of layers, for people."""
-        first = self.layers[0]
-        return f"{len(self.layers)} layers of {first.kv_heads} heads by {first.key_dim}"
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

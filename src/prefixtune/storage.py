@@ -17,9 +17,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from prefixtune.config import PrefixConfig, chosen_layers
 from prefixtune.errors import PrefixTuneError, StorageError
-from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.geometry import Fingerprint, Geometry, LayerGeometry
 from prefixtune.prefix import LayerKV, PrefixKV
 
 __all__ = ["SCHEMA", "StoredPrefix", "check_base", "load_prefix", "read_info", "save_prefix", "write_folder"]
@@ -210,10 +210,10 @@ def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerp
         StorageError: the cache's shapes or the weights are another model's.
     """
     trained_on = stored.info.get("base_name")
-    if stored.geometry.layers != geometry.layers:
+    difference = _difference(stored.geometry.layers, geometry.layers)
+    if difference:
         raise StorageError(
-            f"the prefix was trained on {trained_on}, which has another KV cache than {name}: "
-            f"{stored.geometry.describe()}, not {geometry.describe()}",
+            f"the prefix was trained on {trained_on}, which has another KV cache than {name}: {difference}",
             hint=f"load it on {trained_on}",
         )
     if not stored.fingerprint.matches(fingerprint):
@@ -221,6 +221,18 @@ def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerp
             f"the prefix was trained on {trained_on}; {name} has the same shapes but other weights",
             hint=f"load it on {trained_on}; a prefix is exact on the weights that it was trained with only",
         )
+
+
+def _difference(trained: Sequence[LayerGeometry], base: Sequence[LayerGeometry]) -> str:
+    """What differs first between the layers of two caches; "" where none does."""
+    if len(trained) != len(base):
+        return f"{len(trained)} layers, not {len(base)}"
+    for index, pair in enumerate(zip(trained, base, strict=True)):
+        ours, others = map(asdict, pair)
+        for name, value in ours.items():
+            if value != others[name]:
+                return f"layer {index} has {name} {value}, not {others[name]}"
+    return ""
 
 
 @contextmanager

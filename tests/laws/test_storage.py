@@ -9,6 +9,7 @@ import os
 import pickle
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers import Trainer, TrainingArguments
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.errors import StorageError, UnsupportedModelError
-from prefixtune.geometry import Fingerprint
+from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.storage import check_base, load_prefix
 
 both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
 
@@ -175,6 +177,21 @@ def test_folder_that_has_numbers_of_a_few_matrices_still_finds_its_base(folder: 
     load(folder)
     with pytest.raises(StorageError, match="other weights"):
         load(folder, tiny_model("llama", seed=1))
+
+
+def test_refusal_of_another_cache_names_the_first_layer_and_field_that_differ(folder: Path) -> None:
+    base = bare("llama")
+    stored, geometry = load_prefix(folder), Geometry.probe(base)
+    first, second, *more = geometry.layers
+    others = {
+        "layer 1 has window None, not 5": (first, replace(second, window=5), *more),
+        "layer 0 has kv_heads": (replace(first, kv_heads=99), replace(second, window=5), *more),
+        f"{len(geometry.layers)} layers, not 1": (first,),
+    }
+    for said, layers in others.items():
+        other = replace(geometry, layers=layers)
+        with pytest.raises(StorageError, match=f"another KV cache than me: {said}"):
+            check_base(stored, geometry=other, fingerprint=Fingerprint.of(base), name="me")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
