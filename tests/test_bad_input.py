@@ -347,6 +347,8 @@ def use(command: str, folder: Path, *more: Any) -> list[Any]:
     ("options", "said"),
     [
         (["--metric", "blue"], "did you mean bleu?"),
+        (["--metric", "blue"], "accuracy, or package.module:function"),
+        (["--metric", "acuracy"], "did you mean accuracy?"),
         (["--metric", "bleu,"], "--metric: expected names with commas between them; got 'bleu,'"),
         (["--metric", "bleu,bleu"], "bleu is named twice"),
         (["--metric", "no_such_module:f"], "no_such_module"),

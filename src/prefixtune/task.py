@@ -77,7 +77,7 @@ def check_task(metrics: Sequence[str], labels: Sequence[str], language: str) -> 
         raise ConfigError("labels are given, but accuracy, which chooses from them, is not asked for")
     if metrics.count(ACCURACY) > 1:
         raise ConfigError("metric: accuracy is named twice")
-    check_metrics([name for name in metrics if name != ACCURACY])
+    check_metrics([name for name in metrics if name != ACCURACY], others=[ACCURACY])
     check_language(language)
 
 

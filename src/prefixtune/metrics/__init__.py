@@ -115,8 +115,11 @@ SHARES = {"exact_match": exact_match, "json": json_valid, "json_equal": json_equ
 CORPUS = {"bleu": bleu, "chrf": chrf}
 
 
-def check_metrics(names: Sequence[str]) -> None:
+def check_metrics(names: Sequence[str], *, others: Sequence[str] = ()) -> None:
     """Find out before any work whether each metric can be measured.
+
+    Args:
+        others: metrics that the caller measures itself; a message lists them too.
 
     Raises:
         ConfigError: a metric is not known or named twice, or a function of one's own is not found.
@@ -126,9 +129,10 @@ def check_metrics(names: Sequence[str]) -> None:
         if is_own(name):
             load_metric(name)
         elif name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=2)
+            known = [*METRICS, *others]
+            close = difflib.get_close_matches(name, known, n=2)
             raise ConfigError(
-                f"metric: expected one of {', '.join(METRICS)}, or package.module:function; got {name!r}",
+                f"metric: expected one of {', '.join(known)}, or package.module:function; got {name!r}",
                 hint=f"did you mean {' or '.join(close)}?" if close else None,
             )
         elif name in CORPUS:
