@@ -248,6 +248,12 @@ def test_token_that_the_chat_template_writes_is_neither_recommended_nor_reserved
     assert reserve(tokenizer, vocabulary=len(tokenizer), chosen="<|rare|>").text == "<|rare|>"
 
 
+def test_where_no_token_is_left_to_recommend_none_is() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    with pytest.raises(ConfigError, match="hint: leave --reserved-token out"):
+        reserve(tokenizer, vocabulary=len(tokenizer) + 9, chosen="<|im_start|>")
+
+
 def test_chat_that_holds_the_placeholder_is_not_offered() -> None:
     tokenizer = byte_tokenizer(chat_template=CHATML)
     id = tokenizer.convert_tokens_to_ids("<|im_start|>")

@@ -48,9 +48,10 @@ def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placehold
     taken |= _of_chats(tokenizer)
     if chosen is not None:
         if chosen not in known or chosen in taken:
+            examples = _special(tokenizer, taken)[-3:]
             raise ConfigError(
                 f"reserved token {chosen!r}: expected a token of the tokenizer that no text needs",
-                hint=f"for example {' or '.join(_special(tokenizer, taken)[-3:])}",
+                hint=f"for example {' or '.join(examples)}" if examples else "leave --reserved-token out",
             )
         text = chosen
     elif OWN in known or max(known.values()) + 1 < vocabulary:
@@ -59,9 +60,10 @@ def reserve(tokenizer: Any, *, vocabulary: int, chosen: str | None) -> Placehold
         named = {text for text in known if SPARE.fullmatch(text)}
         spare = sorted((known[text], text) for text in named - taken)
         if not spare:
+            free = _special(tokenizer, taken) or ["…"]
             raise ModelError(
                 f"all {vocabulary} tokens of the model are taken, and none is called reserved or unused",
-                hint=f"choose one that no text needs: --reserved-token '{_special(tokenizer, taken)[-1]}'",
+                hint=f"choose one that no text needs: --reserved-token '{free[-1]}'",
             )
         text = spare[0][1]
     tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
@@ -93,4 +95,4 @@ def _of_chats(tokenizer: Any) -> set[str]:
 def _special(tokenizer: Any, taken: set[str | None]) -> list[str]:
     """Special tokens by id; the last ones of a vocabulary tend to be the rarest in texts."""
     added = sorted(tokenizer.added_tokens_decoder.items())
-    return [token.content for _, token in added if token.special and token.content not in taken] or ["…"]
+    return [token.content for _, token in added if token.special and token.content not in taken]
