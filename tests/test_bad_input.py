@@ -15,13 +15,20 @@ import pytest
 import transformers as hf
 from click.testing import CliRunner, Result
 
-from families import tiny_model
+from families import COMMON, randomised, tiny_model
 from prefixtune.cli import main
 from tokenizers_for_tests import byte_tokenizer
 
 GOOD = json.dumps({"instruction": "Say a.", "input": "", "output": "a"}) + "\n"
 LONG = json.dumps({"instruction": "Say it often.", "output": "x y z " * 30}) + "\n"
-POSITIONS = 64  # of the model with learnt positions
+POSITIONS = 64  # of the model with learnt positions; where the rotary of others changes
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": POSITIONS,
+}
 
 
 def call(*args: Any, stdin: str | None = None) -> Result:
@@ -44,6 +51,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": tiny_model("llama", vocab_size=size),
         "twin": tiny_model("llama", vocab_size=size, seed=5),
         "learnt": tiny_model("gpt2", vocab_size=size, n_positions=POSITIONS),
+        "dynamic": tiny_model(
+            "llama",
+            vocab_size=size,
+            max_position_embeddings=POSITIONS,
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        ),
+        "longrope": randomised(
+            hf.Phi3Config(
+                **COMMON | {"vocab_size": size},
+                original_max_position_embeddings=POSITIONS,
+                rope_parameters=LONGROPE,
+            )
+        ),
         "few-words": tiny_model("llama", vocab_size=50),
         "t5": hf.T5ForConditionalGeneration(
             hf.T5Config(vocab_size=size, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
@@ -168,12 +188,13 @@ def test_rows_without_fields_or_targets_are_told(place: Path, tmp_path: Path, co
 # --- rows that do not fit ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", ["learnt", "longrope", "dynamic"])
 @pytest.mark.parametrize("length", [4, POSITIONS - 2, POSITIONS, 1000])
 def test_prefix_and_row_beyond_the_models_positions_are_refused(
-    place: Path, tmp_path: Path, length: int
+    place: Path, tmp_path: Path, length: int, model: str
 ) -> None:
     (tmp_path / "long.jsonl").write_text(GOOD + LONG)
-    args = [*train(place, place / "never"), "--model", place / "learnt", "--data", tmp_path / "long.jsonl"]
+    args = [*train(place, place / "never"), "--model", place / model, "--data", tmp_path / "long.jsonl"]
     message = refused(place, *args, "--length", length, said="long.jsonl:2")
     assert str(POSITIONS) in message
     hinted = message.partition("--max-length ")[2].partition(",")[0]
@@ -185,14 +206,15 @@ def test_prefix_and_row_beyond_the_models_positions_are_refused(
         assert hinted == ""
 
 
+@pytest.mark.parametrize("model", ["learnt", "longrope", "dynamic"])
 @pytest.mark.parametrize("by_evaluation_rows", [False, True])
 def test_row_that_leaves_no_room_for_a_default_prefix_is_refused_with_what_makes_room(
-    place: Path, tmp_path: Path, by_evaluation_rows: bool
+    place: Path, tmp_path: Path, by_evaluation_rows: bool, model: str
 ) -> None:
     long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
     long.write_text(GOOD + LONG)
     short.write_text(GOOD)
-    args = [*train(place, place / "never"), "--model", place / "learnt", "--length", "auto"]
+    args = [*train(place, place / "never"), "--model", place / model, "--length", "auto"]
     args += ["--data", short, "--eval-data", long] if by_evaluation_rows else ["--data", long]
     message = refused(place, *args, "--max-length", POSITIONS - 1, said="long.jsonl:2")
     hinted = int(message.partition("--max-length ")[2].partition(" ")[0])

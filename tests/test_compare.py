@@ -769,6 +769,23 @@ def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: P
     assert "leave 7 of the model's 128 positions to the prefix" in refused(fits - 7, "prefix", settings={})
 
 
+def test_an_evaluation_row_beyond_the_change_of_the_rotary_is_told_where_a_prefix_is_trained(
+    tmp_path: Path,
+) -> None:
+    model = make_model(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps([{"instruction": "i" * 60, "input": "", "output": "a"}]))
+    plan = {"eval": str(file), "forgetting": False}
+    make_rows(make_plan(model, methods=("base", "lora", "prompt-tuning"), **plan))
+    with pytest.raises(
+        DataError, match=r"eval.json:1: \d+ tokens after a prefix of .* into the 64 positions"
+    ):
+        make_rows(make_plan(model, methods=("base", "prefix"), **plan))
+
+
 def test_evaluation_rows_come_from_a_split_of_their_own(model: Path, tmp_path: Path) -> None:
     def rows(answer: str) -> datasets.Dataset:
         return datasets.Dataset.from_list([{"instruction": "a", "input": "", "output": answer}])

@@ -14,9 +14,9 @@ from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples
 from prefixtune.errors import DataError
 from prefixtune.forgetting import Forgetting, NeutralTexts, forgetting
-from prefixtune.generate import check_ids, check_positions, ending
+from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import quiet_eval
-from prefixtune.likelihood import row_losses
+from prefixtune.likelihood import check_examples, row_losses
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.model import PrefixModel
 from prefixtune.progress import progress_bar
@@ -95,7 +95,7 @@ def target_loss(
     """
     check_ids(model, (example.input_ids for example in examples))
     lengths = [len(example.input_ids) for example in examples]
-    check_positions(model, max(lengths, default=0))
+    check_examples(model, examples)
     count = sum(example.target_tokens for example in examples)
     if count == 0:
         raise DataError(f"there is no target token in {len(examples)} examples, so there is no loss")
@@ -161,6 +161,7 @@ def evaluate(
         batch_size=batch_size,
     )
     examples, report = build_examples(rows, tokenizer, data_config)
+    task.check(model)
     samples = [_asked(one) for one in task.inputs]
     models = {"": model} | ({"base_": model.base_model} if base and has_prefix(model) else {})
     found: dict[str, Any] = {"labels": [label.strip() for label in task.labels] or None}

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from prefixtune.attachment import position_limit
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, added_tokens, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError, PrefixTuneError
-from prefixtune.geometry import Geometry, quiet_eval
+from prefixtune.geometry import Geometry, quiet_eval, text_config
 from prefixtune.progress import progress_bar
+from prefixtune.rotary import alike, settle, virtual_tokens
 
 __all__ = [
     "check_ids",
@@ -131,7 +133,8 @@ def generate_ids(
     ends = set(settings["eos_token_id"] or ())
     answers: list[list[int]] = [[] for _ in prompts]
     with quiet_eval(model), progress_bar(progress, total=len(prompts)) as advance:
-        for rows in _batches(model, prompts, batch_size):
+        for rows in _batches(model, prompts, batch_size, new=max_new_tokens):
+            settle(model)
             batch = _left_padded([prompts[row] for row in rows], settings["pad_token_id"], model.device)
             with torch.no_grad():
                 whole = model.generate(**batch, **settings)  # [B, T+N]
@@ -179,11 +182,15 @@ def _turn_end(tokenizer: Any) -> int | None:
     return next((token for token in reversed(example.labels) if token in special), None)
 
 
-def check_positions(model: Any, tokens: int) -> None:
+def check_positions(model: Any, tokens: int, *, origin: str | None = None) -> None:
     """Refuse rows of so many tokens where the model has no position for the last of them.
 
+    Args:
+        origin: of the row, for the error.
+
     Raises:
-        DataError: a model with learnt positions would fail in the middle, on a GPU beyond repair.
+        DataError: a model with learnt positions would fail in the middle, on a GPU beyond repair; behind a
+            prefix the same holds where the rotary embedding changes.
     """
     from prefixtune.model import PrefixModel
 
@@ -191,14 +198,21 @@ def check_positions(model: Any, tokens: int) -> None:
     bare = model.base_model if is_prefixed else model
     # of a PEFT model the text's positions alone are looked at, without its virtual tokens
     geometry = Geometry.probe(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
-    if geometry.max_positions is None or geometry.positions_extrapolate:
+    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    if is_prefixed:
+        limit = position_limit(text_config(bare), geometry)
+    if limit is None:
         return
     with torch.no_grad():
         taken = model.prefix.bake().layers[0].key.shape[1] if is_prefixed else 0
-    if taken + tokens > geometry.max_positions:
+    if taken + tokens > limit:
+        where = (
+            "positions of" if limit == geometry.max_positions else "positions that a prefix is exact in with"
+        )
         raise DataError(
-            f"{tokens} tokens{f' after a prefix of {taken}' if taken else ''} do not fit into the "
-            f"{geometry.max_positions} positions of {geometry.model_type}",
+            f"{f'{origin}: ' if origin else ''}{tokens} tokens"
+            f"{f' after a prefix of {taken}' if taken else ''} do not fit into the {limit} {where} "
+            f"{geometry.model_type}",
             hint="shorten the rows with --max-length, or the answers with --max-new-tokens",
         )
 
@@ -326,19 +340,19 @@ def _check(prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> None:
             raise DataError(f"prompt {row} is empty: there is no token to continue")
 
 
-def _batches(model: Any, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def _batches(model: Any, prompts: Sequence[Sequence[int]], size: int, *, new: int) -> Iterator[list[int]]:
     """Rows of similar length together: less padding; the longest first, so a batch too large fails at once.
 
     Of one length where PEFT puts virtual tokens before them: it drops the positions, so that padding between
-    virtual tokens and text would take some.
+    virtual tokens and text would take some. So also where a row's rotary embedding changes as it grows.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    configs = (getattr(model, "peft_config", None) or {}).values()
-    if any(getattr(config, "is_prompt_learning", False) for config in configs):
-        alike = [list(rows) for _, rows in groupby(order, key=lambda row: len(prompts[row]))]
+    if virtual_tokens(model):
+        sets = [list(rows) for _, rows in groupby(order, key=lambda row: len(prompts[row]))]
     else:
-        alike = [order]
-    for rows in alike:
+        places = alike(model, [len(prompts[row]) for row in order], new=new)
+        sets = [[order[place] for place in some] for some in places]
+    for rows in sets:
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 

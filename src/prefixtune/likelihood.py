@@ -19,10 +19,11 @@ from prefixtune.data import Collator, Example, Row, build_examples
 from prefixtune.errors import ConfigError
 from prefixtune.generate import check_ids, check_positions, with_target
 from prefixtune.geometry import quiet_eval
-from prefixtune.loss import PASS_TOKENS, group_rows
+from prefixtune.loss import PASS_TOKENS, planned
 from prefixtune.progress import progress_bar
+from prefixtune.rotary import settle
 
-__all__ = ["check_labels", "choose_labels", "row_losses"]
+__all__ = ["check_examples", "check_labels", "choose_labels", "row_losses"]
 
 IGNORED = -100
 
@@ -49,11 +50,12 @@ def row_losses(
         DataError: a token is beyond the model's vocabulary, or a row beyond its positions.
     """
     check_ids(model, (example.input_ids for example in examples))
-    check_positions(model, max((len(example.input_ids) for example in examples), default=0))
+    check_examples(model, examples)
     device, collate = next(model.parameters()).device, Collator(pad_token_id)
-    losses = [0.0] * len(examples)
+    losses, lengths = [0.0] * len(examples), [len(example.input_ids) for example in examples]
     with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(examples)) as advance:
-        for rows in group_rows([len(example.input_ids) for example in examples], capacity):
+        for rows in planned(model, lengths, capacity, packing=False):
+            settle(model)
             batch = collate([examples[row] for row in rows])
             labels = batch.pop("labels")[:, 1:]  # [B, T-1]: what the places before them predict
             logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
@@ -64,6 +66,13 @@ def row_losses(
                 losses[row] = float(F.cross_entropy(_wide(scores), wanted, reduction="sum"))
             advance(len(rows))
     return losses
+
+
+def check_examples(model: Any, examples: Sequence[Example]) -> None:
+    """Raise DataError, with the longest row's origin, where the model has no positions for it."""
+    longest = max(examples, key=lambda example: len(example.input_ids), default=None)
+    if longest is not None:
+        check_positions(model, len(longest.input_ids), origin=longest.origin)
 
 
 def choose_labels(

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from prefixtune.attachment import attach_pairs, head_of, last_hidden, packed, packs, splits
 from prefixtune.chunked import IGNORED, STEP, chunked_cross_entropy, chunked_divergence, wide
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.rotary import alike, settle
 
-__all__ = ["PASS_TOKENS", "Passes", "RowTokens", "group_rows", "pack_rows"]
+__all__ = ["PASS_TOKENS", "Passes", "RowTokens", "group_rows", "pack_rows", "planned"]
 
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
@@ -102,6 +103,15 @@ def group_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
+def planned(model: Any, lengths: Sequence[int], capacity: int, *, packing: bool) -> list[list[int]]:
+    """Row numbers of each pass through a model: packs or groups of rows that its rotary turns alike."""
+    plan, passes = pack_rows if packing else group_rows, []
+    for rows in alike(model, lengths):
+        groups = plan([lengths[row] for row in rows], capacity)
+        passes += [[rows[place] for place in group] for group in groups]
+    return passes
+
+
 @dataclass(frozen=True)
 class Passes:
     """How a batch of rows is run through a model.
@@ -128,7 +138,7 @@ class Passes:
 
     def plan(self, lengths: Sequence[int]) -> list[list[int]]:
         """Row numbers of each pass."""
-        return (pack_rows if self.packing else group_rows)(lengths, self.capacity)
+        return planned(self.base, lengths, self.capacity, packing=self.packing)
 
     @contextmanager
     def loss(self, rows: Sequence[RowTokens], pairs: Pairs | None) -> Iterator[Tensor]:
@@ -175,6 +185,9 @@ class Passes:
         """Hidden states [S, d], the token that each place is to predict [S], and the head, in one pass."""
         device = next(self.base.parameters()).device
         rows = [RowTokens(row.input_ids.to(device), row.labels) for row in rows]
+        # an estimate, on the meta device, makes passes of its own
+        assert device.type == "meta" or len(alike(self.base, [len(row.input_ids) for row in rows])) == 1
+        settle(self.base)
         with torch.autocast(device.type, enabled=False):
             if self.packing:
                 rows = _filled_up(rows)
@@ -198,10 +211,14 @@ class Passes:
 
 
 def _filled_up(rows: list[RowTokens]) -> list[RowTokens]:
-    """The rows, and a last one without targets that makes their tokens a multiple of STEP."""
-    spare = -sum(len(row.input_ids) for row in rows) % STEP
-    ids = rows[0].input_ids[:1].expand(spare)
-    return [*rows, RowTokens(ids, torch.full((spare,), IGNORED))] if spare else rows
+    """The rows, and others without targets that make their tokens a multiple of STEP.
+
+    None of these is longer than the longest row, so that they take no position that the rows do not.
+    """
+    spare, longest = -sum(len(row.input_ids) for row in rows) % STEP, max(len(row.input_ids) for row in rows)
+    sizes = [min(longest, spare - start) for start in range(0, spare, longest)]
+    fill = [RowTokens(rows[0].input_ids[:1].expand(size), torch.full((size,), IGNORED)) for size in sizes]
+    return [*rows, *fill]
 
 
 def _shifted(rows: Sequence[RowTokens]) -> Tensor:

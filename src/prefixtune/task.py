@@ -12,7 +12,7 @@ from typing import Any
 from prefixtune.config import DataConfig
 from prefixtune.data import Prompt, Row, build_prompts
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.generate import ending, generate_batch
+from prefixtune.generate import check_positions, ending, generate_batch
 from prefixtune.likelihood import check_labels, choose_labels
 from prefixtune.metrics import check_language, check_metrics, check_references, exact_match, measure
 
@@ -152,14 +152,25 @@ class Task:
             values = {**values, ACCURACY: exact_match(chosen, references)}
         return Result(values=values, settings=settings, samples=samples)
 
-    def _answers(self, model: Any, progress: str | None) -> list[str]:
+    def check(self, model: Any) -> None:
+        """Raise DataError where the model has no positions for an answer to the longest prompt."""
+        if self.names and self.inputs:
+            longest = max((one.prompt for one in self.inputs), key=lambda prompt: len(prompt.input_ids))
+            new = self._most_new_tokens()
+            origin = f"{longest.origin}: a prompt with an answer of up to {new}"
+            check_positions(model, len(longest.input_ids) + new, origin=origin)
+
+    def _most_new_tokens(self) -> int:
         wanted = [text for one in self.inputs for text in one.references]
         lengths = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
+        return self.max_new_tokens or max(lengths) + SPARE_TOKENS
+
+    def _answers(self, model: Any, progress: str | None) -> list[str]:
         return generate_batch(
             model,
             self.tokenizer,
             [one.prompt.input_ids for one in self.inputs],
-            max_new_tokens=self.max_new_tokens or max(lengths) + SPARE_TOKENS,
+            max_new_tokens=self._most_new_tokens(),
             template=self.data_config.template,
             batch_size=self.batch_size,
             progress=progress,

@@ -17,6 +17,7 @@ halves), and `packed` with `documents` (several documents in one row without pad
 """
 
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
+from prefixtune.attachment.forward import position_limit
 from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
 from prefixtune.attachment.packed import compile_layers, packed, packs
 from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
@@ -37,6 +38,7 @@ __all__ = [
     "no_flat",
     "packed",
     "packs",
+    "position_limit",
     "row_runner",
     "splits",
     "supported",

@@ -15,11 +15,12 @@ from prefixtune.attachment.head import TOKEN_TYPES
 from prefixtune.attachment.view import View, inner_mask, inner_positions
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import Geometry, text_config
+from prefixtune.rotary import rotary_change, settle
 
 if TYPE_CHECKING:
     from prefixtune.attachment.session import Session
 
-__all__ = ["forward_with_prefix", "position_limit"]
+__all__ = ["forward_with_prefix", "position_limit", "refuse_positions"]
 
 MARK = "_prefixtune_rows"  # on a text cache: which prefix each of its rows was computed behind
 
@@ -46,6 +47,7 @@ def forward_with_prefix(
     view = View(session, rows, text, past=past, pads=pads)
     lengths = torch.tensor([session.lengths[row] if row >= 0 else 0 for row in rows], device=device)
     _check_positions(session, view.length, past + queries, lengths, pads)
+    settle(session.base)
 
     call["past_key_values"], call["use_cache"] = view, text is not None
     call["attention_mask"] = inner_mask(session, view, mask, lengths, past + queries)
@@ -181,8 +183,13 @@ def _check_positions(
     _check_scaled_by_column(config, longest, total, longest - lengths + (pads if pads is not None else 0))
     if limit is None or longest + total <= limit:
         return
-    needed = int((lengths + total - (pads if pads is not None else 0)).max())
-    if needed > limit:
+    refuse_positions(config, geometry, int((lengths + total - (pads if pads is not None else 0)).max()))
+
+
+def refuse_positions(config: Any, geometry: Geometry, needed: int) -> None:
+    """Raise AttachError where a prefix and its text take more positions than it is exact in."""
+    limit = position_limit(config, geometry)
+    if limit is not None and needed > limit:
         raise AttachError(
             f"prefix and text take {needed} positions; with {config.model_type} it is exact up to {limit}",
             hint="shorten the text, or the prefix",
@@ -192,12 +199,8 @@ def _check_positions(
 def position_limit(config: Any, geometry: Geometry) -> int | None:
     """The position from which on a prefix is not exact: none is left, or cached keys would be turned anew."""
     limit = None if geometry.positions_extrapolate else geometry.max_positions
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
-    for kind in kinds:
-        if kind.get("rope_type") in ("longrope", "dynamic"):  # the rotation of cached keys would change
-            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
-    return limit
+    change = rotary_change(config)
+    return limit if change is None else change.after
 
 
 def _check_scaled_by_column(config: Any, longest: int, total: int, shift: Tensor) -> None:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefixtune.attachment.documents import Layout, attend_documents
+from prefixtune.attachment.forward import refuse_positions
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.session import attach_pairs
 from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
@@ -63,7 +64,7 @@ def packed(
         lengths: tokens of each document; they sum to T.
 
     Raises:
-        AttachError: another prefix is attached.
+        AttachError: another prefix is attached, or prefix and text take more positions than it is exact in.
         UnsupportedModelError: the model does not take part in this (see `packs`).
     """
     if getattr(base, "prefixtune_attached", False):
@@ -71,6 +72,8 @@ def packed(
     geometry = Geometry.probe(base)
     length = pairs[0][0].shape[1] if pairs is not None else 0
     device = next(base.parameters()).device
+    if pairs is not None and device.type != "meta":  # an estimate counts rows that a run would refuse
+        refuse_positions(text_config(base), geometry, length + max(lengths))
     windows = {layer.window for layer in geometry.layers}
     layouts = {w: Layout(tuple(lengths), length, w, device) for w in windows}
     pack = _Pack(geometry, pairs, layouts, set())

@@ -24,7 +24,8 @@ from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
 from prefixtune.geometry import Geometry
 from prefixtune.load import LoadedBase
-from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, group_rows
+from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, planned
+from prefixtune.rotary import settle
 from prefixtune.train import planned_epochs, warmup_steps_for
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.trainer import on_one_device
@@ -158,7 +159,9 @@ class PeerTrainer(Trainer):  # type: ignore[misc]
         rows = RowTokens.of_batch(inputs)
         counted = num_items_in_batch or sum(int((row.labels[1:] != -100).sum()) for row in rows)
         total = torch.zeros((), device=self.args.device)
-        for group in group_rows([len(row.input_ids) for row in rows], PASS_TOKENS):
+        bare = self.accelerator.unwrap_model(model)
+        for group in planned(bare, [len(row.input_ids) for row in rows], PASS_TOKENS, packing=False):
+            settle(bare)
             batch = Collator(self.pad_token_id)([_plain(rows[row]) for row in group])
             with self._precision():
                 loss = summed_loss(model, batch) / counted

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from prefixtune.attachment import position_limit
 from prefixtune.compare.cell import answer_limit
 from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import Plan, digest
@@ -16,7 +17,7 @@ from prefixtune.data import Example, Row, build_examples, build_prompts, check_s
 from prefixtune.errors import DataError
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
-from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.geometry import Fingerprint, Geometry, text_config
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note
@@ -27,7 +28,8 @@ __all__ = ["make_rows"]
 
 NEUTRAL_SEED = 0
 TIMED_ROWS = 16
-VIRTUAL = ("prefix", "prompt-tuning", "p-tuning", "peft-prefix")  # kinds whose virtual tokens take positions
+OURS = "prefix"
+VIRTUAL = (OURS, "prompt-tuning", "p-tuning", "peft-prefix")  # kinds whose virtual tokens take positions
 LOSS_REFERENCES = 2  # of an input: more cost time and change the mean over tokens little
 
 
@@ -102,7 +104,12 @@ def _check_positions(
 ) -> None:
     """Raise DataError where an evaluation row has no positions left, which cells would tell once trained."""
     geometry = Geometry.probe(base.model)
-    if geometry.max_positions is None or geometry.positions_extrapolate:
+    kinds: tuple[str, ...] = VIRTUAL
+    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    if limit is None and any(cell.method.of == OURS for cell in plan.cells):
+        # a rotary that changes with the length has a limit behind our prefix, and for nothing else
+        limit, kinds = position_limit(text_config(base.model), geometry), (OURS,)
+    if limit is None:
         return
     needed, what = max((len(example.input_ids), f"{example.origin}: ") for example in examples)
     if plan.config.metrics:
@@ -110,21 +117,23 @@ def _check_positions(
         answered = max(len(question.input_ids) for question in questions) + limit
         if answered > needed:
             needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {limit}: "
-    prefix = _longest_prefix(plan, base.model, train, examples)
-    if prefix + needed > geometry.max_positions:
+    prefix = _longest_prefix(plan, base.model, train, examples, kinds=kinds)
+    if prefix + needed > limit:
         raise DataError(
             f"{what}{needed} tokens{f' after a prefix of {prefix}' if prefix else ''} do not fit into the "
-            f"{geometry.max_positions} positions of {geometry.model_type}",
+            f"{limit} positions of {geometry.model_type}",
             hint="use a smaller --max-length, --max-new-tokens or length of the prefix",
         )
 
 
-def _longest_prefix(plan: Plan, model: Any, train: Sequence[Example], examples: Sequence[Example]) -> int:
+def _longest_prefix(
+    plan: Plan, model: Any, train: Sequence[Example], examples: Sequence[Example], *, kinds: Sequence[str]
+) -> int:
     """Virtual tokens of the method that has most of them."""
     lengths = [0]
     for cell in plan.cells:
         method, rows = cell.method, train[: cell.rows]
-        if method.of in VIRTUAL and cell.seed == 1:
+        if method.of in kinds and cell.seed == 1:
             length = method.options.get("length") or plan.prefix.prefix_options.get("length")
             longest = max((*rows, *examples), key=lambda example: len(example.input_ids))
             lengths.append(length or length_for(model, len(rows), longest))

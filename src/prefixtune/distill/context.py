@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from prefixtune.attachment import position_limit
 from prefixtune.config import DataConfig
 from prefixtune.data import Row, build_prompts
 from prefixtune.data.row import check_text
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import PLACEHOLDER, prompt_row
-from prefixtune.geometry import Geometry, compute_dtype
+from prefixtune.geometry import Geometry, compute_dtype, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.prefix import PrefixKV
 from prefixtune.progress import note
+from prefixtune.rotary import rotary_change
 
 __all__ = ["Context", "check_positions_left", "length_of", "prompts_of"]
 
@@ -131,8 +133,10 @@ def check_positions_left(base: LoadedBase, context: Context, *, needed: int) -> 
     Raises:
         DataError: the teacher cannot read the text.
     """
-    config = base.model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or Geometry.probe(base.model).max_positions
+    config, geometry = text_config(base.model), Geometry.probe(base.model)
+    limit = getattr(config, "max_position_embeddings", None) or geometry.max_positions
+    if rotary_change(config) is not None:
+        limit = position_limit(config, geometry)
     tokens = len(context.ids)
     if isinstance(limit, int) and tokens + needed > limit:
         raise DataError(

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from prefixtune.attachment import compile_layers, packs
+from prefixtune.attachment import compile_layers, packs, position_limit
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
 from prefixtune.generate import ending
+from prefixtune.geometry import text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes
 from prefixtune.model import PrefixModel
@@ -113,8 +114,9 @@ def add_retention(trainer: PrefixTrainer, config: TrainConfig, output: Path, tok
         raise ConfigError("retain: neutral text cannot be sampled without a tokenizer", hint="use retain=0")
     model = trainer.accelerator.unwrap_model(trainer.model)
     room = min(TOKENS, trainer.passes.capacity)
-    if not model.geometry.positions_extrapolate and model.geometry.max_positions is not None:
-        room = min(room, model.geometry.max_positions - model.prefix.config.length)
+    limit = position_limit(text_config(model.base_model), model.geometry)
+    if limit is not None:
+        room = min(room, limit - model.prefix.config.length)
     if room < SHORTEST:
         raise ConfigError(
             f"retain: there is room for {room} tokens of neutral text, too few to say anything",

@@ -11,10 +11,11 @@ from typing import Any
 from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.geometry import Geometry
+from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS
 from prefixtune.progress import note
+from prefixtune.rotary import rotary_change
 
 __all__ = [
     "AUTO",
@@ -125,7 +126,8 @@ def length_for(model: Any, rows: int, longest: Example) -> int:
     if room < SHORTEST_LENGTH:
         fits = f"--max-length {limit - length} leaves room for {length}; " if limit - length > 2 else ""
         raise DataError(
-            f"{longest.origin}: {taken} tokens leave {room} of the model's {limit} positions to the prefix",
+            f"{longest.origin}: {taken} tokens leave {room} of the model's {limit} positions to the prefix"
+            f"{_why_so_few(model)}",
             hint=f"{fits}--length says how many virtual tokens it is to have",
         )
     note(f"a prefix of {room} virtual tokens in place of {length}: {longest.origin} leaves no more positions")
@@ -133,9 +135,17 @@ def length_for(model: Any, rows: int, longest: Example) -> int:
 
 
 def _positions(model: Any) -> int | None:
-    config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    config = text_config(model)
+    limit, change = getattr(config, "max_position_embeddings", None), rotary_change(config)
+    if change is not None:
+        return change.after
     return limit if isinstance(limit, int) else None
+
+
+def _why_so_few(model: Any) -> str:
+    if rotary_change(text_config(model)) is None:
+        return ""
+    return " (beyond them its rotary embedding changes, and no prefix is exact)"
 
 
 def prefix_config_of(
@@ -265,7 +275,7 @@ def check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example
     if limit is not None and needed > limit:
         raise DataError(
             f"{longest.origin}: {len(longest.input_ids)} tokens and a prefix of {prefix.length} take "
-            f"{needed} positions; {base.name} has {limit}",
+            f"{needed} positions; {base.name} has {limit}{_why_so_few(base.model)}",
             hint=f"use --max-length {limit - prefix.length}, or a shorter prefix"
             if limit - prefix.length > 2
             else "use a shorter prefix",
