@@ -193,6 +193,12 @@ def test_neutral_text_counts_where_the_rows_are_short(monkeypatch: pytest.Monkey
     assert measure_step(small(), long).total <= plain.total + plain.gradients
 
 
+def test_rows_that_a_run_would_refuse_are_counted() -> None:
+    base = meta_model(tiny_model("gpt2").config)  # 128 positions
+    one, two = (measure_step(base, setup(lengths=lengths)) for lengths in ((126,), (126, 40)))
+    assert two.activations > one.activations > 0
+
+
 def test_accumulation_keeps_gradients_beside_the_activations() -> None:
     projected = PrefixConfig(length=10, projection=True, hidden_size=512)
     one, two = (measure_step(small(), setup(prefix=projected, passes=n)) for n in (1, 2))

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from prefixtune.errors import UnsupportedModelError
 
@@ -25,6 +26,7 @@ __all__ = [
     "Geometry",
     "LayerGeometry",
     "compute_dtype",
+    "has_values",
     "is_exact",
     "meta_ready",
     "quiet_eval",
@@ -249,6 +251,12 @@ def quiet_eval(base: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_values(base: nn.Module) -> bool:
+    """Whether the weights are numbers, and not the shapes alone that an estimate of the memory runs on."""
+    weight = next(base.parameters())
+    return not (weight.is_meta or isinstance(weight, FakeTensor))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from prefixtune.attachment.forward import refuse_positions
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.session import attach_pairs
 from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
-from prefixtune.geometry import Geometry, is_exact, meta_ready, quiet_eval, text_config
+from prefixtune.geometry import Geometry, has_values, is_exact, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
 __all__ = ["attending", "attention_configs", "compile_layers", "packed", "packs", "refuse_extras"]
@@ -72,7 +72,7 @@ def packed(
     geometry = Geometry.probe(base)
     length = pairs[0][0].shape[1] if pairs is not None else 0
     device = next(base.parameters()).device
-    if pairs is not None and device.type != "meta":  # an estimate counts rows that a run would refuse
+    if pairs is not None and has_values(base):  # an estimate counts rows that a run would refuse
         refuse_positions(text_config(base), geometry, length + max(lengths))
     windows = {layer.window for layer in geometry.layers}
     layouts = {w: Layout(tuple(lengths), length, w, device) for w in windows}
