@@ -762,7 +762,10 @@ def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: P
         make(fits - LENGTH, "lora", name)
         assert f"after a prefix of {LENGTH}" in refused(fits - LENGTH + 1, "lora", name)
     answered = {"metrics": ("exact_match",), "max_new_tokens": 40}
-    assert "with an answer of up to 40" in refused(fits - LENGTH, "lora", **answered)
+    make(1, "lora", "prefix", **answered)
+    told = refused(fits - LENGTH, "lora", **answered)
+    assert "with an answer of up to 40" in told
+    assert "do not fit into the 128 positions of gpt2" in told
     short = {"settings": {"short": {"of": "prefix", "length": 2}}}
     make(fits - 2, "short", **short)
     make(fits - 8, "prefix", settings={})  # one without a given length is shorter than by its number of rows

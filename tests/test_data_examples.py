@@ -9,7 +9,7 @@ import pytest
 
 from prefixtune.config import DataConfig
 from prefixtune.data import DataReport, Row, build_examples, build_prompts, default_template
-from prefixtune.errors import ConfigError, DataError, MissingExtraError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.load import load_tokenizer
 from prefixtune.serve.prompts import Prompts
 from tokenizers_for_tests import CHATML, byte_tokenizer, metaspace_tokenizer, slow_tokenizer
@@ -51,10 +51,7 @@ def rows(*values: dict[str, Any]) -> list[Row]:
 
 
 def smollm2() -> Any:
-    try:
-        return load_tokenizer("demo")
-    except MissingExtraError as error:
-        pytest.skip(str(error))
+    return load_tokenizer("demo")
 
 
 def process_func(example: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, list[int]]:

@@ -113,10 +113,10 @@ def _check_positions(
         return
     needed, what = max((len(example.input_ids), f"{example.origin}: ") for example in examples)
     if plan.config.metrics:
-        limit = answer_limit(plan, questions, base.tokenizer)
-        answered = max(len(question.input_ids) for question in questions) + limit
+        new = answer_limit(plan, questions, base.tokenizer)
+        answered = max(len(question.input_ids) for question in questions) + new
         if answered > needed:
-            needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {limit}: "
+            needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {new}: "
     prefix = _longest_prefix(plan, base.model, train, examples, kinds=kinds)
     if prefix + needed > limit:
         raise DataError(
