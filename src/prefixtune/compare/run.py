@@ -171,7 +171,8 @@ class _Bench:
             if cell.name in self.done:
                 forecast.learn(cell, self.done[cell.name]["wall_seconds"])
         if waiting:
-            note(f"{len(waiting)} cells: about {spelled(forecast.total(waiting))} at a guess")
+            count = "1 cell" if len(waiting) == 1 else f"{len(waiting)} cells"
+            note(f"{count}: about {spelled(forecast.total(waiting))} at a guess")
         with progress_bar("cells", total=len(waiting)) as advance:
             for number, cell in enumerate(waiting):
                 self._run(cell, keys[cell.name], forecast, waiting[number + 1 :])
