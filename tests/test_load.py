@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from families import tiny_model
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.gguf_file import set_special_tokens
 from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.precision import choose_dtype
-from prefixtune.storage import Fingerprint
 from tokenizers_for_tests import byte_tokenizer
 
 

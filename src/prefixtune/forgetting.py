@@ -16,8 +16,8 @@ from typing import Any
 
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, DataError, StorageError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import ending, generate_ids, sampling, seeded
-from prefixtune.geometry import Fingerprint
 from prefixtune.likelihood import row_losses
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note

@@ -1,28 +1,26 @@
 """What a base model's KV cache looks like, found by running one token through the model.
 
-Knows shapes, position limits and how to recognise a base model again. Knows no prefix and no training.
+Knows shapes and position limits. Knows no prefix and no training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
+import math
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prefixtune.errors import UnsupportedModelError
 
 __all__ = [
-    "Fingerprint",
     "Geometry",
     "LayerGeometry",
     "compute_dtype",
@@ -33,12 +31,13 @@ __all__ = [
     "text_config",
 ]
 
-# The fingerprint has 48 values from each of six matrices, the embedding and others over the depth, and 4 from
-# each other one: a merged LoRA changes some kinds of layer alone.
-SKETCH_TENSORS, SKETCH_VALUES, SKETCH_OTHERS = 6, 48, 4
-
-
+WARNING = "warn_if_padding_and_no_attention_mask"  # a method of transformers' models
 CAUSAL_FORM = "set is_decoder=True where the architecture has a causal form"
+ATTENTION = re.compile(
+    "(full_|sliding_|chunked_|)attention"
+)  # layer_types of transformers with keys and values
+# of transformers 5.23: a cache with a window, and a mask without one
+CACHE_ALONE_SLIDES = ("moshi",)
 _PROBED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
 
 
@@ -113,6 +112,14 @@ class Geometry:
         config = text_config(base)
         cache = _cache_of_one_token(base)
         windows = _windows(config)
+        limit, extrapolate = _position_limit(config)
+        shortest = min(windows.values(), default=None)
+        if config.model_type in CACHE_ALONE_SLIDES and shortest and shortest < (limit or math.inf):
+            raise UnsupportedModelError(
+                f"{type(base).__name__} ({config.model_type}): its cache forgets what left its window, its "
+                "attention without a cache does not: what is generated would not be what was trained",
+                hint="with sliding_window = max_position_embeddings in its configuration both see all",
+            )
         layers = []
         for index in range(max(len(cache.layers), config.num_hidden_layers)):
             layer = cache.layers[index] if index < len(cache.layers) else None
@@ -133,7 +140,6 @@ class Geometry:
                     kv_heads=heads, key_dim=key_dim, value_dim=value_shape[3], window=windows.get(index)
                 )
             )
-        limit, extrapolate = _position_limit(config)
         has_weights = _device(base).type != "meta"
         geometry = cls(
             model_type=config.model_type,
@@ -150,65 +156,6 @@ class Geometry:
     def stands_for(self, twin: nn.Module) -> None:
         """Let `probe` answer this for a copy whose numbers mean nothing, in place of running it."""
         _PROBED[twin] = self
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fingerprint:
-    """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
-
-    `values` holds sampled numbers of every matrix by parameter name, `dtype` their precision. Two loads of
-    one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little, and even
-    if one kind of layer moved alone.
-    """
-
-    values: dict[str, list[float]]
-    dtype: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """A short name for people; equality is decided by `matches`."""
-        rounded = {name: [f"{value:.2e}" for value in values] for name, values in self.values.items()}
-        return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, base: nn.Module) -> Fingerprint:
-        """Sample `base`: as it was before `quantize_base`; other quantised tensors are passed over."""
-        before: Fingerprint | None = getattr(base, "prefixtune_fingerprint", None)
-        if before is not None:
-            return before
-        matrices = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() > 1]
-        weights = [(name, p) for name, p in matrices if p.dim() == 2]
-        if not weights or weights[0][1].is_meta:
-            return cls(values={})
-        stride = (len(weights) - 1) / (SKETCH_TENSORS - 1)
-        more = {weights[round(i * stride)][0] for i in range(SKETCH_TENSORS)}
-        values = {}
-        for name, weight in matrices:
-            flat, count = weight.detach().reshape(-1), SKETCH_VALUES if name in more else SKETCH_OTHERS
-            index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
-            values[name] = flat[index.to(flat.device)].float().cpu().tolist()
-        return cls(values=values, dtype=str(weights[0][1].dtype).removeprefix("torch."))
-
-    def matches(self, other: Fingerprint) -> bool:
-        """True where all that both sampled is equal, between precisions up to bfloat16's rounding."""
-        shared = self.values.keys() & other.values.keys()
-        rounding = 0.0 if self.dtype == other.dtype else 2**-7
-        for name in shared:
-            mine, theirs = torch.tensor(self.values[name]), torch.tensor(other.values[name])
-            if mine.shape != theirs.shape or not torch.allclose(
-                mine, theirs, rtol=rounding, atol=rounding * 1e-5
-            ):
-                return False
-        return bool(shared)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "values": self.values}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Fingerprint:
-        values = {str(name): [float(x) for x in sampled] for name, sampled in record["values"].items()}
-        return cls(values=values, dtype=record["dtype"])
 
 
 def text_config(base: nn.Module) -> Any:
@@ -262,19 +209,21 @@ def has_values(base: nn.Module) -> bool:
 @contextmanager
 def meta_ready(base: nn.Module) -> Iterator[None]:
     """On the meta device, switch off what would read values: experts kernels by data, the padding warning."""
-    config = text_config(base)
-    switches = {"_experts_implementation": "batched_mm", "pad_token_id": None}
-    before = {name: getattr(config, name) for name in switches if hasattr(config, name)}
-    if _device(base).type != "meta":
-        before = {}
-    for name in before:
-        with suppress(StrictDataclassFieldValidationError):  # configurations without None for padding
-            setattr(config, name, switches[name])
+    config, name = text_config(base), "_experts_implementation"
+    on_meta = _device(base).type == "meta"
+    before = getattr(config, name, None) if on_meta else None
+    warning = [m for m in base.modules() if on_meta and hasattr(m, WARNING) and WARNING not in vars(m)]
+    for module in warning:
+        vars(module)[WARNING] = lambda *_, **__: None
+    if before is not None:
+        setattr(config, name, "batched_mm")
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        for module in warning:
+            del vars(module)[WARNING]
+        if before is not None:
+            setattr(config, name, before)
 
 
 def _cache_of_one_token(base: nn.Module) -> Any:
@@ -312,9 +261,13 @@ def _unsupported_unless_it_runs(base: nn.Module) -> Iterator[None]:
                 f"{kind} cannot be looked at without its weights: {error}",
                 hint="name the folder of the model with its weights, not its configuration alone",
             ) from error
+        kinds = enumerate(map(str, getattr(text_config(base), "layer_types", None) or ()))
+        others = [f"{i} ({name})" for i, name in kinds if not ATTENTION.fullmatch(name)]
+        reason = f"layers {', '.join(others)} have none" if others else error
         raise UnsupportedModelError(
-            f"{kind} did not run a few tokens with a plain key/value cache: {error}",
-            hint="models with state-space, linear-attention or other recurrent layers have no prefix",
+            f"{kind} did not run a few tokens with a plain key/value cache: {reason}",
+            hint="a prefix needs keys and values in every layer; models with recurrent layers or caches of "
+            "their own have no prefix",
         ) from error
 
 

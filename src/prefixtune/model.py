@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from prefixtune.attachment import attach_pairs, multiply_once, supported
 from prefixtune.config import PrefixConfig
 from prefixtune.errors import AttachError, ConfigError, StorageError
-from prefixtune.geometry import Fingerprint, Geometry, compute_dtype, text_config
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry, compute_dtype, text_config
 from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise
 from prefixtune.quantize import count_numbers, quantization, refuse_lost_gradient
 from prefixtune.storage import check_base, load_prefix, save_prefix
@@ -58,6 +59,12 @@ class PrefixModel(nn.Module):
             config, start = prefix, _start(base, geometry, prefix, tokenizer)
         else:
             raise ConfigError(f"prefix: expected a PrefixConfig or a PrefixKV; got {type(prefix).__name__}")
+        limit = None if geometry.positions_extrapolate else geometry.max_positions
+        if limit is not None and start.length >= limit:
+            raise ConfigError(
+                f"prefix: {start.length} virtual tokens leave no room in the {limit} positions of "
+                f"{geometry.model_type}"
+            )
         device = next(base.parameters()).device
         self._put_together(base, Prefix(config, geometry, start.to(device)), geometry)
 

@@ -116,7 +116,12 @@ class PrefixKV:
             raise ConfigError(
                 "from_tokens: a prefix is attached to this model", hint="leave attach(...) first"
             )
-        Geometry.probe(base)
+        geometry, count = Geometry.probe(base), input_ids.shape[1]
+        if geometry.max_positions and not geometry.positions_extrapolate and count > geometry.max_positions:
+            raise ConfigError(
+                f"from_tokens: {count} tokens do not fit into the {geometry.max_positions} positions of "
+                f"{geometry.model_type}"
+            )
         cache = DynamicCache()  # without a config no layer forgets what left its window
         with quiet_eval(base):
             base(

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from prefixtune.config import SCHEMES
 from prefixtune.errors import ConfigError, MissingExtraError, UnsupportedModelError
-from prefixtune.geometry import Fingerprint, text_config
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import text_config
 
 __all__ = [
     "QuantizedLinear",

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from prefixtune.config import PrefixConfig, chosen_layers
 from prefixtune.errors import PrefixTuneError, StorageError
-from prefixtune.geometry import Fingerprint, Geometry, LayerGeometry
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry, LayerGeometry
 from prefixtune.prefix import LayerKV, PrefixKV
 
 __all__ = ["SCHEMA", "StoredPrefix", "check_base", "load_prefix", "read_info", "save_prefix", "write_folder"]

@@ -21,7 +21,8 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel, attach
 from prefixtune.config import SCHEMES
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, StorageError, UnsupportedModelError
-from prefixtune.geometry import Fingerprint, Geometry, compute_dtype
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry, compute_dtype
 from prefixtune.quantize import QuantizedLinear, count_numbers, quantization, quantize_base, saved_bytes
 from prefixtune.train import PrefixTrainer
 

@@ -462,6 +462,44 @@ def test_a_model_that_reads_values_is_told_to_need_its_weights() -> None:
         Geometry.probe(base)
 
 
+def test_layers_without_keys_and_values_are_named() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers 0 \(linear_attention\).*have none"):
+        PrefixModel(made("qwen3-next"), PrefixConfig(length=3))
+
+
+def test_models_that_name_their_padding_are_looked_at_without_weights_too() -> None:
+    sizes = dict(COMMON, head_dim=16, global_head_dim=16, sliding_window=6, layer_types=MIXED)
+    shared = dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=0, num_kv_shared_layers=0)
+    towers = dict(vision_config=None, audio_config=None)
+    config = hf.AutoConfig.for_model("gemma4", text_config=sizes | shared, **towers)
+    with torch.device("meta"):
+        base = hf.AutoModelForCausalLM.from_config(config)
+    assert Geometry.probe(base).layers == Geometry.probe(randomised(config)).layers
+
+
+@pytest.mark.parametrize("window", [4, 128])
+def test_a_cache_that_forgets_what_attention_sees_is_refused(window: int) -> None:
+    base = randomised(sized_config("moshi", ffn_dim=48, num_codebooks=2, sliding_window=window))
+    if window < base.config.max_position_embeddings:
+        with pytest.raises(UnsupportedModelError, match=r"moshi.*forgets what left its window"):
+            PrefixKV.from_tokens(base, A)
+    else:
+        with attach(base, PrefixKV.from_tokens(base, A)):
+            answer = generated(base, B)
+        assert answer == generated(base, joined(A, B))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_prefix_longer_than_the_learned_positions_is_refused(family: str) -> None:
+    base = bare(family)
+    for length in (128, 129):
+        with pytest.raises(ConfigError, match="128 positions"):
+            PrefixModel(base, PrefixConfig(length=length, init="random"))
+    with pytest.raises(ConfigError, match="129 tokens do not fit into the 128 positions"):
+        PrefixKV.from_tokens(base, tokens(129, seed=3))
+    assert PrefixModel(base, PrefixConfig(length=127, init="random")).geometry.max_positions == 128
+
+
 def test_loss_of_trl_which_would_run_without_the_prefix_is_refused() -> None:
     model = PrefixModel(bare("llama"), PrefixConfig(length=3))
 

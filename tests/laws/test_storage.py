@@ -22,7 +22,8 @@ from transformers import Trainer, TrainingArguments
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.errors import StorageError, UnsupportedModelError
-from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry
 from prefixtune.storage import check_base, load_prefix
 
 both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, UnsupportedModelError
 from prefixtune.loss import RowTokens
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
@@ -281,6 +281,28 @@ def test_what_would_have_no_effect_on_our_trainer_is_refused(
     own = {key: value for key, value in given.items() if key not in smoothing}
     with pytest.raises(ConfigError, match=f"{name}: PrefixTrainer"):
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
+
+
+class _Skipping:
+    """A layer that runs without a gradient in all steps, or in some."""
+
+    def __init__(self, layer: Any, *, always: bool) -> None:
+        self.run, self.always, self.count = layer.forward, always, 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.count += 1
+        with torch.set_grad_enabled(not self.always and self.count % 3 == 0):
+            return self.run(*args, **options)
+
+
+def test_a_model_that_runs_layers_without_a_gradient_is_refused(tmp_path: Path) -> None:
+    model = fresh("llama")
+    layer = model.base_model.model.layers[0]
+    layer.forward = _Skipping(layer, always=True)
+    with pytest.raises(UnsupportedModelError, match="layers 0 of the prefix get no gradient"):
+        trainer("ours", model, tmp_path).train()
+    layer.forward.always = False
+    trainer("ours", model, tmp_path).train()
 
 
 def test_printed_model_is_a_prefix_model() -> None:

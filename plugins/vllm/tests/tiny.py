@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefixtune.config import PrefixConfig
-from prefixtune.geometry import Fingerprint, Geometry
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry
 from prefixtune.interop.vllm import Exported, export
 from prefixtune.load import load_base
 from prefixtune.prefix import LayerKV, PrefixKV

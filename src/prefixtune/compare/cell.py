@@ -22,9 +22,10 @@ from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.data import Example, added_tokens
 from prefixtune.errors import DataError, RunError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.forgetting import NeutralTexts, forgetting
 from prefixtune.generate import ending, generate_batch
-from prefixtune.geometry import Fingerprint, Geometry, quiet_eval
+from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident

@@ -15,9 +15,10 @@ from prefixtune.compare.rows import Question, Rows
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
 from prefixtune.errors import DataError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
-from prefixtune.geometry import Fingerprint, Geometry, text_config
+from prefixtune.geometry import Geometry, text_config
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note

@@ -10,8 +10,8 @@ from typing import Any
 
 from prefixtune.attachment import most_positions
 from prefixtune.errors import DataError, PrefixTuneError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import ending
-from prefixtune.geometry import Fingerprint
 from prefixtune.serve.answers import Shape
 from prefixtune.serve.config import ServeConfig
 from prefixtune.serve.engine import Engine

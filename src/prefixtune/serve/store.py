@@ -20,7 +20,8 @@ from torch import nn
 
 from prefixtune.attachment import supported
 from prefixtune.errors import ConfigError, PrefixTuneError, StorageError
-from prefixtune.geometry import Fingerprint, Geometry, compute_dtype
+from prefixtune.fingerprint import Fingerprint
+from prefixtune.geometry import Geometry, compute_dtype
 from prefixtune.prefix import PrefixKV
 from prefixtune.storage import StoredPrefix, check_base, load_prefix, read_info
 

@@ -24,8 +24,9 @@ from prefixtune.data import (
 )
 from prefixtune.errors import DataError, RunError
 from prefixtune.evaluate import target_loss
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import check_ids
-from prefixtune.geometry import Fingerprint, quiet_eval
+from prefixtune.geometry import quiet_eval
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import Estimate, explain_full_memory, measured_peak, readable
 from prefixtune.model import PrefixModel

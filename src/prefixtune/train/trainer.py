@@ -26,6 +26,7 @@ from prefixtune.train.defaults import warmup_steps_for
 from prefixtune.train.folder import METRICS, cut_metrics
 from prefixtune.train.retention import Retention
 from prefixtune.train.sampler import LengthGroupedSampler
+from prefixtune.train.step import SilentLayers, Step
 
 __all__ = ["KeepBest", "PrefixTrainer", "run", "training_arguments"]
 
@@ -59,7 +60,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.lengths, self.retention, self.damping = lengths, retention, damping
-        self.step: _Step | None = None
+        self.step: Step | None = None
+        self.silent = SilentLayers()
         self.optimizer: Any = None
         super().__init__(*args, **kwargs)
         self._refuse_what_has_no_effect()
@@ -122,7 +124,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of one batch; the last one of an optimizer step ends it in the prefix."""
         model.train()
         if self.step is None:
-            self.step = _Step(self.accelerator.unwrap_model(model).prefix())
+            self.step = Step(self.accelerator.unwrap_model(model).prefix())
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         total = torch.zeros((), device=self.args.device)
@@ -132,12 +134,13 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
                 mean.backward()  # type: ignore[no-untyped-call]
             total += mean.detach()
         if self.accelerator.sync_gradients:
+            self.silent.see(self.step, last=self.state.max_steps)
             self.step.finish(self.accelerator)
             self.step = None
         shown: torch.Tensor = total * self.accelerator.num_processes  # Trainer logs the mean over processes
         return shown
 
-    def _retain(self, step: _Step) -> None:
+    def _retain(self, step: Step) -> None:
         """Forward and backward of this optimizer step's neutral text; each process has other texts."""
         if self.retention is None:
             return
@@ -171,32 +174,6 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class _Step:
-    """One optimizer step's prefix: made once, its gradient gathered over all passes, then sent back once.
-
-    With a projection this is what keeps the MLP out of the passes: its cost does not grow with the rows.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.made = [tensor for pair in pairs for tensor in pair]
-        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.made]
-        self.leaves = list(zip(leaves[::2], leaves[1::2], strict=True))
-
-    def finish(self, accelerator: Any) -> None:
-        """The gradient of all processes into the parameters behind the prefix."""
-        leaves = [leaf for pair in self.leaves for leaf in pair]
-        trained = [
-            (made, leaf.grad) for made, leaf in zip(self.made, leaves, strict=True) if made.requires_grad
-        ]
-        gradients = [made.new_zeros(made.shape) if grad is None else grad for made, grad in trained]
-        if accelerator.num_processes > 1:
-            # the wrapper that would do this never sees a backward pass: its forward is not called
-            flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
-            sizes = [g.numel() for g in gradients]
-            gradients = [part.view_as(g) for part, g in zip(flat.split(sizes), gradients, strict=True)]
-        torch.autograd.backward([made for made, _ in trained], gradients)
 
 
 def training_arguments(

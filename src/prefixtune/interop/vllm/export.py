@@ -21,8 +21,9 @@ from typing import Any
 
 from prefixtune.attachment import supported
 from prefixtune.errors import ConfigError, ModelError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import check_positions
-from prefixtune.geometry import Fingerprint, compute_dtype, text_config
+from prefixtune.geometry import compute_dtype, text_config
 from prefixtune.interop.names import default_name
 from prefixtune.interop.vllm.canary import find_canary
 from prefixtune.interop.vllm.chat import chat_arguments, server_template
