@@ -211,19 +211,19 @@ def meta_ready(base: nn.Module) -> Iterator[None]:
     """On the meta device, switch off what would read values: experts kernels by data, the padding warning."""
     config, name = text_config(base), "_experts_implementation"
     on_meta = _device(base).type == "meta"
-    before = getattr(config, name, None) if on_meta else None
+    before = [getattr(config, name)] if on_meta and hasattr(config, name) else []
     warning = [m for m in base.modules() if on_meta and hasattr(m, WARNING) and WARNING not in vars(m)]
     for module in warning:
         vars(module)[WARNING] = lambda *_, **__: None
-    if before is not None:
+    if before:
         setattr(config, name, "batched_mm")
     try:
         yield
     finally:
         for module in warning:
             del vars(module)[WARNING]
-        if before is not None:
-            setattr(config, name, before)
+        for value in before:
+            setattr(config, name, value)
 
 
 def _cache_of_one_token(base: nn.Module) -> Any:
