@@ -198,7 +198,7 @@ def check_positions(model: Any, tokens: int, *, origin: str | None = None) -> No
     bare = model.base_model if is_prefixed else model
     # of a PEFT model the text's positions alone are looked at, without its virtual tokens
     geometry = Geometry.probe(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
-    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    limit = geometry.learned_positions
     if is_prefixed:
         limit = position_limit(text_config(bare), geometry)
     if limit is None:

@@ -33,9 +33,8 @@ __all__ = [
 
 WARNING = "warn_if_padding_and_no_attention_mask"  # a method of transformers' models
 CAUSAL_FORM = "set is_decoder=True where the architecture has a causal form"
-ATTENTION = re.compile(
-    "(full_|sliding_|chunked_|)attention"
-)  # layer_types of transformers with keys and values
+# layer_types of transformers that have keys and values
+ATTENTION = re.compile("(full_|sliding_|chunked_|)attention")
 # of transformers 5.23: a cache with a window, and a mask without one
 CACHE_ALONE_SLIDES = ("moshi",)
 _PROBED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
@@ -86,6 +85,11 @@ class Geometry:
     def windows(self) -> tuple[int, ...]:
         """The distinct window sizes, ascending; empty where every layer sees all positions."""
         return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
+
+    @property
+    def learned_positions(self) -> int | None:
+        """The positions that the model has an embedding for, and cannot go beyond; None: no such limit."""
+        return None if self.positions_extrapolate else self.max_positions
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -263,7 +267,7 @@ def _unsupported_unless_it_runs(base: nn.Module) -> Iterator[None]:
             ) from error
         kinds = enumerate(map(str, getattr(text_config(base), "layer_types", None) or ()))
         others = [f"{i} ({name})" for i, name in kinds if not ATTENTION.fullmatch(name)]
-        reason = f"layers {', '.join(others)} have none" if others else error
+        reason = f"layers {', '.join(others)} have none ({error})" if others else error
         raise UnsupportedModelError(
             f"{kind} did not run a few tokens with a plain key/value cache: {reason}",
             hint="a prefix needs keys and values in every layer; models with recurrent layers or caches of "

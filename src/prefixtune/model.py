@@ -59,7 +59,7 @@ class PrefixModel(nn.Module):
             config, start = prefix, _start(base, geometry, prefix, tokenizer)
         else:
             raise ConfigError(f"prefix: expected a PrefixConfig or a PrefixKV; got {type(prefix).__name__}")
-        limit = None if geometry.positions_extrapolate else geometry.max_positions
+        limit = geometry.learned_positions
         if limit is not None and start.length >= limit:
             raise ConfigError(
                 f"prefix: {start.length} virtual tokens leave no room in the {limit} positions of "

@@ -117,10 +117,10 @@ class PrefixKV:
                 "from_tokens: a prefix is attached to this model", hint="leave attach(...) first"
             )
         geometry, count = Geometry.probe(base), input_ids.shape[1]
-        if geometry.max_positions and not geometry.positions_extrapolate and count > geometry.max_positions:
+        limit = geometry.learned_positions
+        if limit is not None and count > limit:
             raise ConfigError(
-                f"from_tokens: {count} tokens do not fit into the {geometry.max_positions} positions of "
-                f"{geometry.model_type}"
+                f"from_tokens: {count} tokens do not fit into the {limit} positions of {geometry.model_type}"
             )
         cache = DynamicCache()  # without a config no layer forgets what left its window
         with quiet_eval(base):

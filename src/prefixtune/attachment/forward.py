@@ -198,7 +198,7 @@ def refuse_positions(config: Any, geometry: Geometry, needed: int) -> None:
 
 def position_limit(config: Any, geometry: Geometry) -> int | None:
     """The position from which on a prefix is not exact: none is left, or cached keys would be turned anew."""
-    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    limit = geometry.learned_positions
     change = rotary_change(config)
     return limit if change is None else change.after
 

@@ -106,7 +106,7 @@ def _check_positions(
     """Raise DataError where an evaluation row has no positions left, which cells would tell once trained."""
     geometry = Geometry.probe(base.model)
     kinds: tuple[str, ...] = VIRTUAL
-    limit = None if geometry.positions_extrapolate else geometry.max_positions
+    limit = geometry.learned_positions
     if limit is None and any(cell.method.of == OURS for cell in plan.cells):
         # a rotary that changes with the length has a limit behind our prefix, and for nothing else
         limit, kinds = position_limit(text_config(base.model), geometry), (OURS,)
