@@ -37,6 +37,7 @@ T = TypeVar("T")
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _ACTIVE: dict[int, _Pack] = {}  # by id of the config that an attention module reads, while a pack is run
 _PACKS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Any]]] = WeakKeyDictionary()
 # what models hand to their attention beyond the plain arguments, and what has no say here
 IGNORED = {"position_ids", "cache_position"}
 
@@ -88,7 +89,7 @@ def packed(
 
     base.prefixtune_attached = True  # type: ignore[assignment]
     try:
-        with attending(attention_configs(base), NAME, _ACTIVE, pack):
+        with attending(attention_configs(base), NAME, _ACTIVE, pack), _compiled(base):
             yield hidden
     finally:
         del base.prefixtune_attached
@@ -171,6 +172,9 @@ AttentionInterface.register(NAME, _uncompiled(_packed_attention))
 def compile_layers(base: nn.Module) -> None:
     """Compile each decoder layer but for its attention, for packs of any length; the first pass takes long.
 
+    Only packs run through compiled layers. Each pass with a KV cache differs from the last in what a layer
+    was compiled for: after eight of them torch would run the packs too as if nothing were compiled.
+
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs on a CPU.
     """
@@ -179,9 +183,25 @@ def compile_layers(base: nn.Module) -> None:
             "compile: torch.compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++",
             hint="install one, or leave --compile out",
         )
+    _COMPILED[base] = []
     for layer in decoder_of(base).modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(dynamic=True)
+            _COMPILED[base].append((layer, layer._compiled_call_impl))
+            layer._compiled_call_impl = None
+
+
+@contextmanager
+def _compiled(base: nn.Module) -> Iterator[None]:
+    """Within the block the layers of a base that was given to `compile_layers` are compiled."""
+    layers = _COMPILED.get(base, [])
+    for layer, compiled in layers:
+        layer._compiled_call_impl = compiled
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            layer._compiled_call_impl = None
 
 
 def packs(base: nn.Module) -> str:
