@@ -235,13 +235,40 @@ def test_an_end_of_spaces_is_a_target_even_where_the_tokenizer_trims_offsets() -
         assert targets(encode(TURNS[:2], tokenizer), tokenizer) == [" a    "]
 
 
-def test_a_template_that_is_not_prefix_consistent_is_refused_for_several_turns_only() -> None:
+def test_each_turn_is_an_example_where_the_template_writes_it_otherwise_once_others_follow() -> None:
+    """And each reads what the model is given when it is asked for that turn."""
     tokenizer = byte_tokenizer(chat_template=THINKING)
-    assert targets(encode(TURNS[:2], tokenizer), tokenizer) == ["<think>\n\n</think>\n\na<|im_end|>"]
-    with pytest.raises(DataError, match=r"chat.jsonl:3: the chat template is not prefix-consistent"):
-        encode(TURNS[:4], tokenizer)
-    with pytest.raises(DataError, match=r"chat.jsonl:3: the chat template is not prefix-consistent"):
-        encode(TURNS[:3], tokenizer)  # the answer is rendered differently when the user goes on
+    examples, report = build_examples([row(TURNS), row(TURNS[:2])], tokenizer, CHAT)
+    said = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
+    thought = "<think>\n\n</think>\n\n"
+    for answer, example in zip([*said, said[0]], examples, strict=True):
+        assert targets(example, tokenizer) == [f"{thought}{answer}<|im_end|>"]
+    for place, example in zip((1, 3, 5), examples, strict=False):
+        asked = build_prompts([row(TURNS[: place + 1])], tokenizer, CHAT)[0]
+        assert list(example.input_ids[: len(asked.input_ids)]) == list(asked.input_ids)
+        assert set(example.labels[: len(asked.input_ids)]) == {-100}
+    assert (report.rows, report.examples, report.split, report.cut_turns) == (2, 4, 1, 0)
+    assert "2 rows: 4 examples" in report.summary()
+    assert "an example for EACH TURN of 1 row" in report.summary()
+
+
+def test_an_answer_that_is_written_otherwise_when_the_user_goes_on_is_learnt_as_it_was_asked_for() -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKING)
+    found, report = build_examples([row(TURNS[:3])], tokenizer, CHAT)
+    assert found == build_examples([row(TURNS[:2])], tokenizer, CHAT)[0]
+    assert report.split == 0
+
+
+def test_turns_beyond_the_longest_row_are_left_out_and_counted() -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKING)
+    whole, _ = build_examples([row(TURNS)], tokenizer, CHAT)
+    short = DataConfig(template="chat", max_length=len(whole[0].input_ids))
+    kept, report = build_examples([row(TURNS)], tokenizer, short)
+    assert kept == whole[:1]
+    assert report.cut_turns == 2
+    assert "LEFT OUT 2 turns beyond the longest row" in report.summary()
+    with pytest.raises(DataError, match=r"chat.jsonl:3: no target token is left"):
+        build_examples([row(TURNS)], tokenizer, DataConfig(template="chat", max_length=8))
 
 
 def test_marks_count_where_the_template_is_not_prefix_consistent() -> None:

@@ -18,7 +18,7 @@ from prefixtune.forgetting import forgetting, neutral_texts
 from prefixtune.generate import generate_batch
 from prefixtune.likelihood import choose_labels, row_losses
 from prefixtune.metrics import score
-from tokenizers_for_tests import CHATML, byte_tokenizer
+from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 ROWS = [
@@ -230,8 +230,9 @@ def test_labels_are_the_distinct_references_written_as_the_rows_write_them() -> 
     assert [sample["label"] for sample in found.samples] == [label.strip() for label in chosen]
 
 
-def test_last_turn_of_a_chat_is_what_the_label_replaces() -> None:
-    tokenizer = byte_tokenizer(chat_template=CHATML)
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_last_turn_of_a_chat_is_what_the_label_replaces(template: str) -> None:
+    tokenizer = byte_tokenizer(chat_template=template)
     turns = [("user", "Who?"), ("assistant", "You."), ("user", "Why?"), ("assistant", "red")]
     messages = [{"role": role, "content": content} for role, content in turns]
     row = Row(values={"messages": messages}, origin="r:1")
@@ -239,7 +240,7 @@ def test_last_turn_of_a_chat_is_what_the_label_replaces() -> None:
     losses = []
     for label in LABELS:
         filled = Row(values={"messages": [*messages[:3], {**messages[3], "content": label}]}, origin="r:1")
-        losses += row_losses(bare(), build_examples([filled], tokenizer, config)[0], pad_token_id=0)
+        losses += row_losses(bare(), build_examples([filled], tokenizer, config)[0][-1:], pad_token_id=0)
     expected = LABELS[losses.index(min(losses))]
     assert choose_labels(bare(), tokenizer, [row], config, LABELS, pad_token_id=0) == [expected]
 

@@ -171,7 +171,7 @@ def evaluate(
         lost = forgetting(model, None, tokenizer, texts=neutral, progress=progress)
         found |= {"forgetting": lost.rise, "forgetting_detail": lost}
     return Evaluation(
-        rows=report.examples,
+        rows=report.rows - report.dropped,
         inputs=len(task.inputs) or None,
         truncated_rows=report.truncated_rows,
         dropped_rows=report.dropped,

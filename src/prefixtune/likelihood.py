@@ -96,7 +96,8 @@ def choose_labels(
     check_labels(labels)
     asked = [with_target(row, label, data_config.template) for row in rows for label in labels]
     # never cut: half a label would be another one
-    examples, _ = build_examples(asked, tokenizer, replace(data_config, max_length=sys.maxsize))
+    unlimited = replace(data_config, max_length=sys.maxsize)
+    examples, _ = build_examples(asked, tokenizer, unlimited, last_turn=True)
     losses = row_losses(model, examples, pad_token_id=pad_token_id, progress=progress)
     chosen = []
     for first in range(0, len(losses), len(labels)):

@@ -2,6 +2,8 @@
 
 A template is a program that we can only run. Where it marks the assistant's text with {% generation %}, the
 marks count; else a turn is what rendering messages[:i+1] has beyond messages[:i] with the generation prompt.
+Where a template writes a turn otherwise once others follow (Qwen3's leaves out its thoughts), each turn is an
+example of its own, after what stands before it when the model is asked for it.
 Positions are characters of the rendered text until the last step, which maps them to tokens.
 """
 
@@ -60,13 +62,23 @@ class ChatTemplate:
     def fields(self, row: Row) -> tuple[str, ...]:
         return () if _is_chat(row) else ("system", "instruction", "input", "output")
 
-    def encode(self, row: Row) -> Encoded:
+    def encode(self, row: Row) -> list[Encoded]:
+        """One for the row; where its turns cannot be told apart in it, one for each turn of the assistant."""
         messages = _messages(row)
-        head = messages[
-            : _last_turn(row, messages) + 1
-        ]  # what follows the last turn is no target, but stays in the ids
+        last = _last_turn(row, messages)
+        turns = [index for index in range(last + 1) if messages[index]["role"] == "assistant"]
+        try:
+            return [self._encoded(row, messages, turns)]
+        except _InconsistentError:
+            if turns == [len(messages) - 1]:
+                raise
+            return [self._encoded(row, messages[: turn + 1], [turn]) for turn in turns]
+
+    def _encoded(self, row: Row, messages: list[Message], turns: list[int]) -> Encoded:
+        """The messages with some of the assistant's turns as targets, all that there are or the last."""
+        head = messages[: turns[-1] + 1]  # what follows the last turn is no target, but stays in the ids
         text = self._render(row, messages)
-        spans, unclosed = self._turns(row, head)
+        spans, unclosed = self._turns(row, head, turns)
         if not text.startswith(self._render(row, head)[: spans[-1][1]]):
             raise _inconsistent(row)
         ids, is_target = self._tokenise(row, text, spans)
@@ -114,16 +126,18 @@ class ChatTemplate:
             raise DataError(f"{row.origin}: the chat template refuses the row: {error}") from error
         return text
 
-    def _turns(self, row: Row, messages: list[Message]) -> tuple[list[Span], int]:
-        """The span of each assistant turn in the rendered messages, and how many have no end-of-turn text."""
+    def _turns(self, row: Row, messages: list[Message], turns: list[int]) -> tuple[list[Span], int]:
+        """The spans of these turns in the rendered messages, and how many have no end-of-turn text."""
         text = self._render(row, messages)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = self._marked_spans(row, messages, len(turns)) if self._marked else None
+        spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = self._marked_spans(row, messages, len(spoken)) if self._marked else None
         spans = []
         unclosed = 0
-        for order, index in enumerate(turns):
+        for index in turns:
             header, after = self._around(row, messages, index)
-            start, end = marked[order] if marked else self._span(row, text, messages, index, header)
+            start, end = (
+                marked[spoken.index(index)] if marked else self._span(row, text, messages, index, header)
+            )
             closing = after.rstrip()
             if closing:
                 end = _closed_end(text, start, end, closing)
@@ -253,11 +267,15 @@ def _closed_end(text: str, start: int, end: int, closing: str) -> int:
     return next((at + len(closing) for at in (end, stripped) if text.startswith(closing, at)), stripped)
 
 
+class _InconsistentError(DataError):
+    """The messages up to a turn, as they are rendered, do not begin the text of which the turn is a part."""
+
+
 def _inconsistent(row: Row) -> DataError:
-    return DataError(
-        f"{row.origin}: the chat template is not prefix-consistent: it renders the first turns of this "
-        "conversation differently when more follows, so the assistant's tokens cannot be told apart",
-        hint="give one row per turn, mark the template with {% generation %}, or use --template human",
+    return _InconsistentError(
+        f"{row.origin}: the chat template is not prefix-consistent: what it writes for an answer does not "
+        "begin with its own generation prompt, so the assistant's tokens cannot be told apart",
+        hint="mark the template with {% generation %}, or use --template human",
     )
 
 

@@ -70,7 +70,9 @@ class DataReport:
         converted: numbers and booleans that were turned into text.
         empty: examples whose answer is an empty text, so that the end token is their only target.
         unclosed: assistant turns that the chat template ends with no end-of-turn text, so no end is learnt.
-        without_tools: examples whose `tools` the chat template does not write.
+        without_tools: rows whose `tools` the chat template does not write.
+        split: rows of several turns that became an example for each turn of the assistant.
+        cut_turns: turns of such rows that have no target token within `max_length`, and were left out.
         template: how the rows were written.
         inner_bos: the template puts what begins each text, the tokenizer's BOS, before each target too.
         inner_eos: the template puts what ends each text between prompt and target too.
@@ -88,6 +90,8 @@ class DataReport:
     empty: int = 0
     unclosed: int = 0
     without_tools: int = 0
+    split: int = 0
+    cut_turns: int = 0
     template: str = "human"
     inner_bos: bool = False
     inner_eos: bool = False
@@ -101,6 +105,13 @@ class DataReport:
         if self.truncated_rows:
             cut = _plural(self.truncated_tokens, "token")
             parts.append(f"TRUNCATED {_plural(self.truncated_rows, 'row')}, {cut} cut off")
+        if self.split:
+            parts.append(
+                f"an example for EACH TURN of {_plural(self.split, 'row')}: "
+                "the chat template writes a turn otherwise once others follow"
+            )
+        if self.cut_turns:
+            parts.append(f"LEFT OUT {_plural(self.cut_turns, 'turn')} beyond the longest row")
         if self.dropped:
             parts.append(f"DROPPED {_plural(self.dropped, 'row')} without a target")
         if self.converted:
@@ -121,13 +132,22 @@ class DataReport:
 
 
 def build_examples(
-    rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, progress: bool = False
+    rows: Sequence[Row],
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    last_turn: bool = False,
+    progress: bool = False,
 ) -> tuple[list[Example], DataReport]:
     """Tokenise rows for training.
+
+    A row is one example, but for chats whose template writes a turn otherwise once others follow: there each
+    turn of the assistant is one, with what stands before it when the model is asked for it.
 
     Reads `template`, `max_length` and `on_no_target` of the config; its other knobs are `load_rows`'s.
 
     Args:
+        last_turn: of a row that is several examples take the last.
         progress: show a bar on stderr.
 
     Raises:
@@ -138,23 +158,25 @@ def build_examples(
     template = _template_for(form, tokenizer)
     before, after = added_tokens(tokenizer) if form == "human" else ([], [])
     examples: list[Example] = []
-    dropped = converted = empty = unclosed = without_tools = 0
+    dropped = converted = empty = unclosed = without_tools = split = cut_turns = 0
     with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
         for row in rows:
             advance(1)
             try:
-                encoded = template.encode(row)
-                example = _cut(encoded, row, config.max_length)
+                encoded = template.encode(row)[-1 if last_turn else 0 :]
+                found = _cut(encoded, row, config.max_length)
             except NoTargetError:
                 if config.on_no_target == "error":
                     raise
                 dropped += 1
                 continue
-            examples.append(example)
+            examples += found
             converted += count_converted(row, template.fields(row))
-            empty += encoded.empty
-            unclosed += encoded.unclosed
-            without_tools += encoded.without_tools
+            empty += sum(one.empty for one in encoded)
+            unclosed += sum(one.unclosed for one in encoded[: len(found)])
+            without_tools += any(one.without_tools for one in encoded)
+            split += len(encoded) > 1
+            cut_turns += len(encoded) - len(found)
     if not examples:
         raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
     report = DataReport(
@@ -170,6 +192,8 @@ def build_examples(
         empty=empty,
         unclosed=unclosed,
         without_tools=without_tools,
+        split=split,
+        cut_turns=cut_turns,
         template=form,
         inner_bos=bool(before),
         inner_eos=bool(after),
@@ -227,25 +251,27 @@ def _template_for(text: str | None, tokenizer: Any) -> Template:
     return ChatTemplate(tokenizer) if text == "chat" else FormatTemplate(tokenizer, text)
 
 
-def _cut(encoded: Encoded, row: Row, max_length: int) -> Example:
-    """The first `max_length` tokens of a row, in which there must be a target."""
-    labels = encoded.labels[:max_length]
-    if not _count_targets(labels):
-        before = next(
-            (i for i, label in enumerate(encoded.labels) if label != NO_TARGET), len(encoded.labels)
-        )
+def _cut(encoded: Sequence[Encoded], row: Row, max_length: int) -> list[Example]:
+    """The first `max_length` tokens of each, where there is a target in them; the first must have one."""
+    first = encoded[0].labels
+    if not _count_targets(first[:max_length]):
+        before = next((i for i, label in enumerate(first) if label != NO_TARGET), len(first))
         raise NoTargetError(
-            f"{row.origin}: no target token is left: {before} of the row's {len(encoded.labels)} tokens "
+            f"{row.origin}: no target token is left: {before} of the row's {len(first)} tokens "
             f"stand before the target, and max_length is {max_length}"
             + (", and nothing predicts a row's first token" if before == 0 else ""),
             hint="raise --max-length, or leave such rows out with --on-no-target drop",
         )
-    return Example(
-        input_ids=tuple(encoded.input_ids[:max_length]),
-        labels=tuple(labels),
-        origin=row.origin,
-        truncated=len(encoded.labels) - len(labels),
-    )
+    return [
+        Example(
+            input_ids=tuple(one.input_ids[:max_length]),
+            labels=tuple(one.labels[:max_length]),
+            origin=row.origin,
+            truncated=max(0, len(one.labels) - max_length),
+        )
+        for one in encoded
+        if _count_targets(one.labels[:max_length])
+    ]
 
 
 def _count_targets(labels: Sequence[int]) -> int:

@@ -56,8 +56,12 @@ class Template(Protocol):
     def fields(self, row: Row) -> tuple[str, ...]:
         """The row's fields that are read as text; not each need be there."""
 
-    def encode(self, row: Row) -> Encoded:
-        """The row's ids and labels; raises NoTargetError where the target is empty."""
+    def encode(self, row: Row) -> list[Encoded]:
+        """The row's ids and labels; several where each turn of a chat stands for itself.
+
+        Raises:
+            NoTargetError: the target is empty.
+        """
 
     def prompt(self, row: Row) -> PromptText:
         """The row up to its last target; raises NoTargetError where that is empty."""
@@ -92,10 +96,10 @@ def empty_target(row: Row, name: str, what: str = "empty") -> NoTargetError:
     )
 
 
-def _pair(prompt_ids: list[int], target_ids: list[int], *, empty: bool) -> Encoded:
+def _pair(prompt_ids: list[int], target_ids: list[int], *, empty: bool) -> list[Encoded]:
     # tokenised apart and joined as ids: no token may straddle prompt and target, as none can in generation
     labels = [NO_TARGET] * len(prompt_ids) + target_ids
-    return Encoded(input_ids=prompt_ids + target_ids, labels=labels, empty=empty)
+    return [Encoded(input_ids=prompt_ids + target_ids, labels=labels, empty=empty)]
 
 
 def _opening_ids(tokenizer: Any, text: str) -> list[int]:
@@ -122,7 +126,7 @@ class HumanTemplate:
     def fields(self, row: Row) -> tuple[str, ...]:
         return ("instruction", "input", "output")
 
-    def encode(self, row: Row) -> Encoded:
+    def encode(self, row: Row) -> list[Encoded]:
         prompt, target = self._texts(row)
         return _pair(
             self._prompt_ids(prompt),
@@ -164,7 +168,7 @@ class FormatTemplate:
     def fields(self, row: Row) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for _, name in self._parts))
 
-    def encode(self, row: Row) -> Encoded:
+    def encode(self, row: Row) -> list[Encoded]:
         prompt, target = self._texts(row)
         return _pair(
             _opening_ids(self._tokenizer, prompt),
