@@ -30,7 +30,7 @@ class Evaluation:
     """What the model does on the rows; `base_*` is without the prefix, None where it was not measured.
 
     Attributes:
-        rows: examples that the loss was measured on.
+        rows: those that the loss was measured on.
         target_tokens: their target tokens.
         truncated_rows: rows of which the loss saw only the first max_length tokens.
         dropped_rows: rows without a target, left out with on_no_target="drop".

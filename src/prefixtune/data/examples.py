@@ -158,7 +158,7 @@ def build_examples(
     template = _template_for(form, tokenizer)
     before, after = added_tokens(tokenizer) if form == "human" else ([], [])
     examples: list[Example] = []
-    dropped = converted = empty = unclosed = without_tools = split = cut_turns = 0
+    dropped = converted = empty = unclosed = without_tools = split = cut_turns = cut_rows = 0
     with progress_bar("tokenising" if progress else None, total=len(rows)) as advance:
         for row in rows:
             advance(1)
@@ -177,13 +177,14 @@ def build_examples(
             without_tools += any(one.without_tools for one in encoded)
             split += len(encoded) > 1
             cut_turns += len(encoded) - len(found)
+            cut_rows += any(example.truncated for example in found)
     if not examples:
         raise DataError(f"no row has a target: {_plural(len(rows), 'row')} read, {dropped:,} dropped")
     report = DataReport(
         rows=len(rows),
         examples=len(examples),
         dropped=dropped,
-        truncated_rows=sum(example.truncated > 0 for example in examples),
+        truncated_rows=cut_rows,
         truncated_tokens=sum(example.truncated for example in examples),
         tokens=sum(len(example.input_ids) for example in examples),
         target_tokens=sum(example.target_tokens for example in examples),
