@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -301,6 +302,12 @@ def test_help_imports_nothing_heavy(args: Sequence[str]) -> None:
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'rich'} & set(sys.modules)))"
     )
     assert python(code, *args).stdout.splitlines()[-1] == "[]"
+
+
+def test_a_library_that_nothing_uses_warns_of_nothing() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    CliRunner().invoke(main, ["data", "show", "nowhere.json"])
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_version_is_the_packages() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import click
 
 from prefixtune import __version__
@@ -30,6 +32,9 @@ def main() -> None:
     MODEL is a hub name, a folder, a .gguf file, or demo. DATA is a .json, .jsonl, .csv, .tsv or .parquet
     file, a data set folder, a hub name, or demo.
     """
+    # peft imports it where it is there, and transformers' Trainer peft: on CPUs with bfloat16 arithmetic
+    # it warns each time that a kernel could not be downloaded, which nothing of ours uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 main.params.append(debug_option())
