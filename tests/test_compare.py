@@ -37,7 +37,7 @@ from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
-from tokenizers_for_tests import CHATML, byte_tokenizer
+from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
 
 INPUTS, ROWS = 5, 16  # several rows have one input
 LENGTH = 7  # of the prefix: LoRA of rank 4 on queries and values has as many numbers, 448
@@ -175,6 +175,24 @@ def test_answers_to_chats_alone_end_where_the_template_closes_a_turn(
     (tmp_path / "cell").mkdir()
     run_cell(plan, plan.cells[0], make_rows(plan), tmp_path / "cell")
     assert bool(asked) == (template == "chat")
+
+
+def test_a_chat_of_several_examples_is_one_row(model: Path, tmp_path: Path) -> None:
+    """And what the template writes before an answer goes with the question, through the file of the rows."""
+    copy = shutil.copytree(model, tmp_path / model.name)
+    byte_tokenizer(chat_template=THINKING).save_pretrained(copy)
+    turns = [{"role": role, "content": "a b c"} for _ in range(3) for role in ("user", "assistant")]
+    chats = [{"messages": [*turns[:-1], {"role": "assistant", "content": str(i)}]} for i in range(4)]
+    (tmp_path / "chats.json").write_text(json.dumps(chats), encoding="utf-8")
+    files = dict.fromkeys(("train", "eval"), str(tmp_path / "chats.json"))
+    asked = {"model": str(copy), **files, "methods": ("prefix",), "train_rows": (2, 4), "forgetting": False}
+    made = make_rows(plan_of({**asked, "metrics": ("bleu",), "max_steps": 1}, data={"template": "chat"}))
+    made.write(tmp_path / "data.json", key="any")
+    rows = Rows.read(tmp_path / "data.json")
+    assert rows == made
+    assert [len(rows.first(count)) for count in (1, 2, None)] == [3, 6, 12]
+    assert rows.key(2) != rows.key(4) == rows.key()
+    assert [question.lead for question in rows.questions] == ["<think>\n\n</think>\n\n"]
 
 
 @pytest.mark.parametrize("of", ["lora", "prefix"])

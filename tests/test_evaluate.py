@@ -18,7 +18,8 @@ from prefixtune.forgetting import forgetting, neutral_texts
 from prefixtune.generate import generate_batch
 from prefixtune.likelihood import choose_labels, row_losses
 from prefixtune.metrics import score
-from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
+from prefixtune.task import SPARE_TOKENS
+from tokenizers_for_tests import CHANNELLED, CHATML, THINKING, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 ROWS = [
@@ -228,6 +229,38 @@ def test_labels_are_the_distinct_references_written_as_the_rows_write_them() -> 
     assert found.samples == given.samples
     chosen = choose_labels(bare(), TOKENIZER, rows, config, [" no", " yes"], pad_token_id=0)
     assert [sample["label"] for sample in found.samples] == [label.strip() for label in chosen]
+
+
+@pytest.mark.parametrize(("template", "lead"), [(CHATML, 0), (THINKING, 15), (CHANNELLED, 5)])
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
+    template: str, lead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer(chat_template=template)
+    config = DataConfig(template="chat")
+    examples, _ = build_examples(ROWS, tokenizer, config)
+    learnt = [[token for token in example.labels[:-1] if token != -100] for example in examples]
+    longest = max(len(tokenizer(row.values["output"])["input_ids"]) for row in ROWS)
+    allowed: list[int] = []
+
+    def answers(*_: Any, max_new_tokens: int, **__: Any) -> list[list[int]]:
+        allowed.append(max_new_tokens)
+        return learnt
+
+    monkeypatch.setattr("prefixtune.generate.generate_ids", answers)
+    found = evaluate(bare(), tokenizer, ROWS, config, progress=False)
+    assert found.metrics == {"exact_match": 1.0}
+    assert [sample["prediction"] for sample in found.samples] == [row.values["output"] for row in ROWS]
+    assert allowed == [longest + SPARE_TOKENS + lead]
+
+
+def test_an_answer_that_begins_otherwise_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKING)
+    said = "  <think>\nWell.\n</think>\n\nred"
+    monkeypatch.setattr(
+        "prefixtune.generate.generate_ids", lambda *_, **__: [tokenizer(said)["input_ids"]] * len(ROWS)
+    )
+    found = evaluate(bare(), tokenizer, ROWS, DataConfig(template="chat"), progress=False)
+    assert {sample["prediction"] for sample in found.samples} == {said}
 
 
 @pytest.mark.parametrize("template", [CHATML, THINKING])

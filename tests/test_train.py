@@ -36,7 +36,7 @@ from prefixtune.train import PrefixTrainer, default_start
 from prefixtune.train.folder import last_checkpoint
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.trainer import KeepBest, training_arguments
-from tokenizers_for_tests import CHATML, byte_tokenizer
+from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
 PARAMETERISATIONS = {
@@ -407,6 +407,18 @@ def test_resume_goes_on_on_another_day_with_a_template_that_prints_the_date(tmp_
     (output / "prefix.json").unlink()  # as if it had not come to its end
     succeed(*args, "--resume")
     assert bits(output) == ended
+
+
+def test_a_chat_that_is_an_example_for_each_turn_is_told_as_one_row(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(chat_template=THINKING)
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": role, "content": "a"} for _ in range(2) for role in ("user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    args = options(tmp_path, tmp_path / "run", *SHORT_RUN, "--template", "chat", "--json", evaluates=False)
+    done = succeed(*args)
+    assert "an example for EACH TURN of 1 row" in done.stderr.replace("\n", " ")
+    assert json.loads(done.stdout)["train_rows"] == 1
 
 
 def test_resume_without_a_run_is_refused(place: Path, tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ THINKING = (  # as Qwen3's: the last answer is rendered with an empty thought, t
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+CHANNELLED = (  # as gpt-oss's: special tokens, and a word between them, stand before an answer
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
+    "{{ '<|im_start|>final' if message['role'] == 'assistant' }}"
+    "{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
 OPEN_ENDED = (  # nothing but a line break ends a turn
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"

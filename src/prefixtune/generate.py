@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby, takewhile
+from itertools import groupby, takewhile, zip_longest
 from string import Formatter
 from typing import Any
 
@@ -79,6 +79,7 @@ def generate_batch(
     *,
     max_new_tokens: int,
     template: str | None = None,
+    leads: Sequence[str] = (),
     batch_size: int = 8,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -91,6 +92,7 @@ def generate_batch(
         model: a PrefixModel, or a bare base model.
         prompts: token ids; no prompt may be empty.
         template: what made them: an answer to a chat ends where the chat template closes a turn.
+        leads: of each prompt what stands before its answer (`Prompt.lead`), and is left out where it does.
         temperature: 0 takes the most probable token, more samples from a flatter distribution.
         top_p: sample from the most probable tokens that share this much probability (Holtzman et al. 2020).
         seed: makes sampling repeatable; torch's own random state is left as it was.
@@ -111,7 +113,15 @@ def generate_batch(
             template=template,
             progress=progress,
         )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [_without_lead(text, lead, tokenizer) for text, lead in zip_longest(texts, leads, fillvalue="")]
+
+
+def _without_lead(text: str, lead: str, tokenizer: Any) -> str:
+    ids = tokenizer(lead, add_special_tokens=False)["input_ids"]
+    shown = tokenizer.decode(ids, skip_special_tokens=True).strip()  # as it is in the text
+    begins = bool(shown) and text.lstrip().startswith(shown)
+    return text.lstrip().removeprefix(shown).lstrip() if begins else text
 
 
 def generate_ids(

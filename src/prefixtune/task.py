@@ -161,7 +161,7 @@ class Task:
             check_positions(model, len(longest.input_ids) + new, origin=origin)
 
     def _most_new_tokens(self) -> int:
-        wanted = [text for one in self.inputs for text in one.references]
+        wanted = [one.prompt.lead + text for one in self.inputs for text in one.references]
         lengths = [len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted]
         return self.max_new_tokens or max(lengths) + SPARE_TOKENS
 
@@ -172,6 +172,7 @@ class Task:
             [one.prompt.input_ids for one in self.inputs],
             max_new_tokens=self._most_new_tokens(),
             template=self.data_config.template,
+            leads=[one.prompt.lead for one in self.inputs],
             batch_size=self.batch_size,
             progress=progress,
         )

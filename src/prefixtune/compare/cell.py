@@ -107,7 +107,7 @@ def _check_base(plan: Plan, base: LoadedBase, rows: Rows) -> None:
 
 
 def _contender(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, folder: Path, dtype: str) -> Contender:
-    examples = list(rows.train[: cell.rows])
+    examples = rows.first(cell.rows)
     set_seed(cell.seed)
     if cell.method.of == "base":
         return Contender(model=base.model)
@@ -122,7 +122,7 @@ def _contender(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, folder: Pat
 def _as_prefix(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows) -> PrefixConfig:
     """The method `prefix` as these rows make it, without its start: the others have its length or size."""
     options = {"init": "random", **plan.prefix.prefix_options}
-    examples = list(rows.train[: cell.rows])
+    examples = rows.first(cell.rows)
     try:
         return prefix_config_of(None, options, base, examples, rows.eval)
     except DataError:  # no room for it keeps no method from training that is not as long
@@ -149,7 +149,7 @@ def _ours(
     plan: Plan, cell: Cell, base: LoadedBase, rows: Rows, schedule: Mapping[str, Any], folder: Path
 ) -> Contender:
     """Our own trainer with its defaults; checkpoints are left out, because the others write none."""
-    examples, prefix = list(rows.train[: cell.rows]), cell.method.prefix_options
+    examples, prefix = rows.first(cell.rows), cell.method.prefix_options
     if "length" not in prefix:
         prefix["length"] = _as_prefix(plan, cell, base, rows).length
     options = {"save_steps": NEVER, "logging_steps": 1, "report_to": "none"}
@@ -194,7 +194,7 @@ def _peer(
     import torch
 
     shared, precision = TrainConfig(**schedule), getattr(torch, dtype)
-    examples = list(rows.train[: cell.rows])
+    examples = rows.first(cell.rows)
     prefix = _as_prefix(plan, cell, base, rows)
     begin = time.perf_counter()
     trainer = peer_trainer(
@@ -330,6 +330,7 @@ def _answers(plan: Plan, contender: Contender, tokenizer: Any, questions: Sequen
         asked,
         max_new_tokens=answer_limit(plan, questions, tokenizer),
         template=plan.data.template,
+        leads=[question.lead for question in questions],
         batch_size=BATCH,
     )
 
@@ -338,7 +339,7 @@ def answer_limit(plan: Plan, questions: Sequence[Question], tokenizer: Any) -> i
     """Tokens of an answer at most."""
     if plan.config.max_new_tokens is not None:
         return plan.config.max_new_tokens
-    texts = [reference for question in questions for reference in question.references]
+    texts = [question.lead + reference for question in questions for reference in question.references]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     return min(longest + SPARE_TOKENS, plan.data.max_length)  # longer ones were cut in training too
 

@@ -49,7 +49,7 @@ class Forecast:
         measured = [*self.rows.eval, *self.rows.neutral]
         tokens = float(sum(len(example.input_ids) for example in measured))
         if cell.method.trains:
-            examples = self.rows.train[: cell.rows]
+            examples = self.rows.first(cell.rows)
             shared = TrainConfig(**config.schedule)
             passes = planned_epochs(shared, len(examples))
             if shared.max_steps:

@@ -11,7 +11,7 @@ from prefixtune.attachment import position_limit
 from prefixtune.compare.cell import answer_limit
 from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import Plan, digest
-from prefixtune.compare.rows import Question, Rows
+from prefixtune.compare.rows import Question, Rows, first_rows
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
 from prefixtune.errors import DataError
@@ -47,10 +47,11 @@ def make_rows(plan: Plan) -> Rows:
         raise DataError(f"{config.model} has no tokenizer, so rows of text cannot be read")
     train, report = build_examples(read, base.tokenizer, plan.data)
     note(f"training rows: {report.summary()}")
-    if config.train_rows and len(train) < max(config.train_rows):
+    kept = report.rows - report.dropped
+    if config.train_rows and kept < max(config.train_rows):
         raise DataError(
             f"{config.train}: expected {max(config.train_rows):,} rows with a target; of the first "
-            f"{len(read):,} there are {len(train):,}",
+            f"{len(read):,} there are {kept:,}",
             hint="take the others out of the file, or ask for fewer train_rows",
         )
     questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows)
@@ -133,7 +134,7 @@ def _longest_prefix(
     """Virtual tokens of the method that has most of them."""
     lengths = [0]
     for cell in plan.cells:
-        method, rows = cell.method, train[: cell.rows]
+        method, rows = cell.method, first_rows(train, cell.rows)
         if method.of in kinds and cell.seed == 1:
             length = method.options.get("length") or plan.prefix.prefix_options.get("length")
             longest = max((*rows, *examples), key=lambda example: len(example.input_ids))
@@ -155,7 +156,12 @@ def _evaluation(
     first = inputs_of(rows, tokenizer, data)[:inputs]
     wanted = {one.prompt.input_ids for one in first}
     questions = [
-        Question(input_ids=one.prompt.input_ids, text=one.prompt.text, references=tuple(one.references))
+        Question(
+            input_ids=one.prompt.input_ids,
+            text=one.prompt.text,
+            references=tuple(one.references),
+            lead=one.prompt.lead,
+        )
         for one in first
     ]
     counts: Counter[tuple[int, ...]] = Counter()

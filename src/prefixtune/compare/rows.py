@@ -13,7 +13,7 @@ from prefixtune.compare.plan import digest
 from prefixtune.data import Example
 from prefixtune.errors import RunError
 
-__all__ = ["Question", "Rows", "write_json"]
+__all__ = ["Question", "Rows", "first_rows", "write_json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Question:
     input_ids: tuple[int, ...]
     text: str
     references: tuple[str, ...]
+    lead: str = ""  # `prefixtune.data.Prompt.lead`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,12 @@ class Rows:
             trained: how many of the first training rows are in it; all unless given.
         """
         rows = {name: value for name, value in self._plain().items() if name != "neutral_losses"}
-        rows["train"] = rows["train"][:trained]
+        rows["train"] = _flat(self.first(trained))
         return digest({**rows, "dtype": self.about["dtype"], "base": self.about["base"]})
+
+    def first(self, count: int | None) -> list[Example]:
+        """The examples of the first so many training rows, or of all."""
+        return first_rows(self.train, count)
 
     def _plain(self) -> dict[str, Any]:
         return {
@@ -81,8 +86,8 @@ class Rows:
             return cls(
                 **{name: tuple(_examples(found[name])) for name in ("train", "eval", "neutral")},
                 questions=tuple(
-                    Question(input_ids=tuple(ids), text=text, references=tuple(answers))
-                    for ids, text, answers in found["questions"]
+                    Question(input_ids=tuple(ids), text=text, references=tuple(answers), lead=lead)
+                    for ids, text, answers, lead in found["questions"]
                 ),
                 neutral_losses=tuple(found["neutral_losses"]),
                 about=found["about"],
@@ -91,17 +96,25 @@ class Rows:
             raise RunError(f"{path}: damaged ({error})", hint="delete it, and it is made again") from None
 
 
+def first_rows(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """Those of the first so many rows, or of all: a chat of several turns may be several examples."""
+    begins = [place for place, example in enumerate(examples) if example.part == 0]
+    return list(examples[: None if count is None or count >= len(begins) else begins[count]])
+
+
 def _flat(examples: Iterable[Example]) -> list[list[Any]]:
-    return [[list(e.input_ids), list(e.labels), e.origin, e.truncated] for e in examples]
+    return [[list(e.input_ids), list(e.labels), e.origin, e.truncated, e.part] for e in examples]
 
 
 def _question(question: Question) -> Sequence[Any]:
-    return list(question.input_ids), question.text, list(question.references)
+    return list(question.input_ids), question.text, list(question.references), question.lead
 
 
 def _examples(rows: Iterable[Sequence[Any]]) -> Iterable[Example]:
-    for ids, labels, origin, truncated in rows:
-        yield Example(input_ids=tuple(ids), labels=tuple(labels), origin=origin, truncated=truncated)
+    for ids, labels, origin, truncated, part in rows:
+        yield Example(
+            input_ids=tuple(ids), labels=tuple(labels), origin=origin, truncated=truncated, part=part
+        )
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -100,15 +100,18 @@ class ChatTemplate:
         marked = self._marked_spans(row, head, turns) if self._marked else None
         header, after = self._around(row, head, last)
         asked = whole[: marked[-1][0]] if marked else self._asked(row, head, last, header)
-        reference = head[-1]["content"]
+        reference, lead = head[-1]["content"], ""
+        if whole.startswith(header) and header.startswith(asked) and header[len(asked) :].strip():
+            lead = header[len(asked) :]
         if "tool_calls" in head[-1]:  # they have no text but the template's
+            lead = ""
             if not whole.startswith(asked):
                 raise _inconsistent(row)
             closing = after.rstrip()
             end = _closed_end(whole, len(asked), len(whole), closing) if closing else len(whole)
             reference = whole[len(asked) : end].removesuffix(closing)
         ids = token_ids(self._tokenizer, asked, special=False)
-        return PromptText(input_ids=ids, text=asked, reference=reference)
+        return PromptText(input_ids=ids, text=asked, reference=reference, lead=lead)
 
     def _render(
         self, row: Row, messages: list[Message], *, generation_prompt: bool = False, tools: bool = True

@@ -35,6 +35,7 @@ class Example:
         labels: T ids; -100 where the token is no target. Not shifted: labels[t] is input_ids[t] or -100.
         origin: where the row stands.
         truncated: how many tokens were cut off at the end.
+        part: which of its row's examples it is, from 0; each row has that of 0.
         aims: a teacher's hidden states at the places that predict the targets, a tensor [targets, d] from
             `prefixtune.loss.Passes.aims`: its distribution is then aimed at, and not the target.
     """
@@ -43,6 +44,7 @@ class Example:
     labels: tuple[int, ...]
     origin: str
     truncated: int
+    part: int = 0
     aims: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -53,12 +55,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What stands before the last target of a row, and the text of that target."""
+    """What stands before the last target of a row, and the text of that target.
+
+    Attributes:
+        lead: what a chat template writes between the two, as Qwen3's its empty thought. It is learnt as a
+            part of the target, so the model writes it before its answer.
+    """
 
     input_ids: tuple[int, ...]
     text: str
     reference: str
     origin: str
+    lead: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +231,7 @@ def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> li
                 text=prompt.text,
                 reference=prompt.reference,
                 origin=row.origin,
+                lead=prompt.lead,
             )
         )
     return prompts
@@ -269,8 +278,9 @@ def _cut(encoded: Sequence[Encoded], row: Row, max_length: int) -> list[Example]
             labels=tuple(one.labels[:max_length]),
             origin=row.origin,
             truncated=max(0, len(one.labels) - max_length),
+            part=part,
         )
-        for one in encoded
+        for part, one in enumerate(encoded)
         if _count_targets(one.labels[:max_length])
     ]
 

@@ -43,11 +43,15 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptText:
-    """What stands before the (last) target, as ids and as text, and the target's text."""
+    """What stands before the (last) target, as ids and as text, and the target's text.
+
+    `lead` is what a chat template writes between the two: the model writes it too, but it is no answer.
+    """
 
     input_ids: list[int]
     text: str
     reference: str
+    lead: str = ""
 
 
 class Template(Protocol):

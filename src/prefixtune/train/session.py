@@ -327,7 +327,7 @@ def _finish(
     result = TrainResult(
         output=str(output),
         steps=trainer.state.global_step,
-        train_rows=len(trainer.train_dataset),
+        train_rows=sum(example.part == 0 for example in trainer.train_dataset),
         target_tokens=sum(example.target_tokens for example in trainer.train_dataset),
         train_loss=losses[-1] if losses else None,
         base_loss=base_loss,
