@@ -424,6 +424,15 @@ def test_a_cell_is_known_by_the_rows_that_it_trains_on(model: Path) -> None:
     assert [name for name, key in again.items() if key == told[name]] == ["base-1", "prompt-1"]
 
 
+def test_other_longest_answers_change_the_key(model: Path) -> None:
+    keys = set()
+    for limit, longest in ((None, 512), (None, 256), (9, 512)):
+        plan = make_plan(model, methods=("base",), max_new_tokens=limit)
+        plan = replace(plan, data=replace(plan.data, max_length=longest))
+        keys.add(plan.cell_key(plan.cells[0], "rows"))
+    assert len(keys) == 3
+
+
 def test_an_edited_metric_and_other_packages_change_the_key(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

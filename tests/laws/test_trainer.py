@@ -283,6 +283,13 @@ def test_what_would_have_no_effect_on_our_trainer_is_refused(
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
 
 
+def test_half_precision_of_the_trainer_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments.fp16 = True
+    with pytest.raises(ConfigError, match="fp16: the prefix is trained in float32"):
+        PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0)
+
+
 class _Skipping:
     """A layer that runs without a gradient in all steps, or in some."""
 

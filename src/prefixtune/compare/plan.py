@@ -183,7 +183,7 @@ class Plan:
             "rows": cell.rows,
             "schedule": {**_defaults(), **config.schedule},
             "instruction": config.instruction if cell.method.of == "prompt" else None,
-            "max_new_tokens": config.max_new_tokens,
+            "answers": [config.max_new_tokens, self.data.max_length],  # no longer than these
             "prefix": [self.prefix.prefix_options.get(name) for name in FOLLOWED.get(cell.method.of, ())],
         }
         metrics = [[name, _metric_file(name)] for name in config.metrics]

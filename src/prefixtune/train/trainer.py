@@ -79,6 +79,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
                     f"{name}: PrefixTrainer never has whole logits, so it would have no effect",
                     hint="transformers.Trainer with a PrefixModel takes it",
                 )
+        if self.args.fp16:  # Trainer would divide the gradients by the scale of a loss that has none
+            raise ConfigError("fp16: the prefix is trained in float32", hint="load the base in float16")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
