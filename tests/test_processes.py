@@ -95,7 +95,7 @@ def command(place: Path, output: Path, *, batch: int) -> list[str]:
     """`train` on 12 rows, 2 steps an epoch; the neutral text weighs nothing, as each process has its own."""
     args = ["train", "--model", place / "model", "--data", place / "rows.jsonl", "--output", output]
     args += ["--eval-data", place / "rows.jsonl", "--per-device-train-batch-size", batch, "--length", 4]
-    args += ["--num-train-epochs", 3, "--save-steps", 2, "--logging-steps", 1, "--retain", 1e-9]
+    args += ["--num-train-epochs", 3, "--save-steps", 3, "--logging-steps", 1, "--retain", 1e-9]
     return [str(arg) for arg in [*args, "--dtype", "float32", "--report-to", "none", "--json"]]
 
 
@@ -144,7 +144,7 @@ def test_command_in_two_processes_trains_as_in_one_on_the_rows_of_both(place: Pa
 def test_run_in_two_processes_goes_on_in_two_and_not_in_one(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "two", tmp_path / "two")
     (tmp_path / "two" / "prefix.json").unlink()
-    shutil.rmtree(tmp_path / "two" / "checkpoint-6")  # as it was at step 4, but for the log
+    shutil.rmtree(tmp_path / "two" / "checkpoint-6")  # as it was in the second epoch, but for the log
     refused = in_one(place, tmp_path / "two", "--resume", "--per-device-train-batch-size", "3")
     assert refused.exit_code == 1
     assert "begun in 2 processes; this is 1" in refused.stderr

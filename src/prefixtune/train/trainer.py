@@ -64,6 +64,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.silent = SilentLayers()
         self.optimizer: Any = None
         super().__init__(*args, **kwargs)
+        self.add_callback(_Epoch())
         self._refuse_what_has_no_effect()
         base = self.accelerator.unwrap_model(self.model).base_model
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
@@ -292,6 +293,21 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
     finally:
         for number in signals:
             signal.signal(number, before[number])
+
+
+class _Epoch(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch: neither Trainer nor accelerate reaches it where several processes resume
+    in the middle of one."""
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
 
 
 class KeepBest(TrainerCallback):  # type: ignore[misc]
