@@ -19,7 +19,7 @@ from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError, UnsupportedModelError
-from prefixtune.loss import RowTokens
+from prefixtune.loss import Passes, RowTokens
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
@@ -238,6 +238,37 @@ def test_projection_made_once_a_step_has_the_gradient_of_one_made_for_each_row(
     for mine, parameter in zip(found, model.prefix.parameters(), strict=True):
         assert torch.allclose(mine, parameter.grad, rtol=1e-4, atol=1e-6)
         assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("finding", [False, True], ids=["called-again", "auto-find-batch-size"])
+def test_an_attempt_that_failed_leaves_no_gradient_to_the_next(
+    finding: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, failed = fresh("llama"), fresh("llama")
+    options: dict[str, Any] = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    trainer("ours", clean, tmp_path, per_device_train_batch_size=1, **options).train()
+    made = trainer(
+        "ours",
+        failed,
+        tmp_path,
+        per_device_train_batch_size=2 if finding else 1,
+        auto_find_batch_size=finding,
+        **options,
+    )
+    whole, passes = Passes.loss, iter([True, False])  # the second batch of the first step does not fit
+
+    def loss(*args: Any) -> Any:
+        if next(passes, True):
+            return whole(*args)
+        raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(Passes, "loss", loss)
+    if not finding:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.train()
+    made.train()
+    for found, expected in zip(tensors(failed), tensors(clean), strict=True):
+        assert torch.equal(found, expected)
 
 
 def whole_rows() -> list[Example]:

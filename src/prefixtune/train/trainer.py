@@ -123,6 +123,10 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         begin = self.optimizer.param_groups[0].get("initial_lr", first)
         return self.args.learning_rate * first / begin if begin else 0.0
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.step = None  # an attempt that ended in an exception left one, with its gradient
+        return super()._inner_training_loop(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; the last one of an optimizer step ends it in the prefix."""
         model.train()
