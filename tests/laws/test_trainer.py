@@ -23,6 +23,7 @@ from prefixtune.loss import Passes, RowTokens
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
+from prefixtune.train.retention import Retention
 
 few_families = pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
 both_trainers = pytest.mark.parametrize("kind", ["plain", "ours"])
@@ -269,6 +270,18 @@ def test_an_attempt_that_failed_leaves_no_gradient_to_the_next(
     made.train()
     for found, expected in zip(tensors(failed), tensors(clean), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_logged_divergence_is_the_mean_over_tokens_in_however_many_passes(tmp_path: Path) -> None:
+    texts, logged = [list(row.input_ids) for row in rows()[:2]], []
+    for capacity in (12, 64):
+        model = fresh("llama")
+        made = trainer("ours", model, tmp_path, max_steps=1, logging_steps=1)
+        made.passes = Passes.of(model.base_model, capacity=capacity, pad_token_id=0)
+        made.retention = Retention.of(made.passes, texts, weight=0.1)
+        made.train()
+        logged.append(made.state.log_history[0]["divergence"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
 
 
 def whole_rows() -> list[Example]:

@@ -153,11 +153,13 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             return
         processes = self.accelerator.num_processes
         rows = self.retention.rows_of(self.state.global_step * processes + self.accelerator.process_index)
-        tokens = sum(len(row.input_ids) - 1 for row in rows) * processes
+        tokens, total = sum(len(row.input_ids) - 1 for row in rows), 0.0
         for group in self.passes.plan([len(row.input_ids) for row in rows]):
             with self.passes.loss([rows[row] for row in group], step.leaves) as divergence:
-                (self.retention.weight * divergence / tokens).backward()  # type: ignore[no-untyped-call]
-            self.retention.seen(float(divergence.detach()), tokens // processes)
+                weighted = self.retention.weight * divergence / (tokens * processes)
+                weighted.backward()  # type: ignore[no-untyped-call]
+            total += float(divergence.detach())
+        self.retention.seen(total, tokens)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.retention is not None and "loss" in logs:
