@@ -34,7 +34,7 @@ output, batch, projection = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(17)
 rows = []
-for targets in (1, 8, 2, 7, 3, 6, 4, 5, 9, 2, 4, 3):
+for targets in (1, 8, 2, 7, 3, 6, 4):  # the second of two processes has none of an epoch's second step
     ids = torch.randint(3, VOCAB, (3 + targets,), generator=generator).tolist()
     rows.append(Example(input_ids=tuple(ids), labels=(-100, -100, -100, *ids[3:]), origin="r", truncated=0))
 torch.manual_seed(2)

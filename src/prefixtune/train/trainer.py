@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prefixtune.config import TrainConfig
@@ -122,6 +123,26 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         first: float = self.optimizer.param_groups[0]["lr"]
         begin = self.optimizer.param_groups[0].get("initial_lr", first)
         return self.args.learning_rate * first / begin if begin else 0.0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        return super().get_batch_samples(self._each_row_once(epoch_iterator), num_batches, device)
+
+    def _each_row_once(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, the last one without the rows that accelerate fills it up with, the epoch's first.
+
+        It does so to give each process as many batches; one may be left with a batch of no row.
+        """
+        shards = self.callback_handler.train_dataloader.batch_sampler
+        filled = isinstance(shards, BatchSamplerShard) and shards.even_batches and not shards.drop_last
+        for batch in batches:
+            if filled and shards.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader:
+                size = len(batch["input_ids"])
+                over = len(self.train_dataset) % (size * shards.num_processes)
+                own = max(0, over - size * shards.process_index) if over else size
+                read = ("input_ids", "attention_mask", "labels", "aims")
+                yield {name: batch[name][:own] for name in read if name in batch}
+            else:
+                yield batch
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.step = None  # an attempt that ended in an exception left one, with its gradient
