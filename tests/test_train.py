@@ -261,16 +261,22 @@ def test_checkpoint_with_the_state_of_another_optimizer_is_refused(place: Path, 
     assert "--overwrite" in told
 
 
-@pytest.mark.parametrize("more", [LONG_RUN, SHORT_RUN])  # ends with an epoch, ends within one
+@pytest.mark.parametrize(
+    "more", [LONG_RUN, [*SHORT_RUN, "--eval-steps", 3]]
+)  # evaluated in the end, after it
 def test_finished_run_resumed_is_left_as_it_is(place: Path, tmp_path: Path, more: list[Any]) -> None:
     run = tmp_path / "run"
     succeed(*options(place, run, *more))
     before, record, told = bits(run), training_record(run), (run / "metrics.jsonl").read_text()
-    document = json.loads(succeed(*options(place, run, *more, "--resume", "--json")).stdout)
-    assert bits(run) == before
-    assert (run / "metrics.jsonl").read_text() == told
-    for name in ("steps", "eval_loss", "best_step", "base_loss", "train_loss"):
-        assert document[name] == record[name]
+    for killed in (False, True):  # before it wrote the prefix
+        if killed:
+            (run / "prefix.json").unlink()
+            (run / "prefix.safetensors").unlink()
+        document = json.loads(succeed(*options(place, run, *more, "--resume", "--json")).stdout)
+        assert bits(run) == before
+        assert (run / "metrics.jsonl").read_text() == told
+        for name in ("steps", "eval_loss", "best_step", "base_loss", "train_loss"):
+            assert document[name] == record[name]
 
 
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(place: Path, tmp_path: Path) -> None:

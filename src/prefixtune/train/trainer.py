@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
@@ -280,17 +280,21 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
         KeyboardInterrupt: stopped by Ctrl-C.
     """
     trainer.remove_callback(PrinterCallback)
-    done = 0
-    if checkpoint:
-        done = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    kept = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if kept:
         note(f"resuming from {checkpoint}")
     if trainer.is_world_process_zero():
-        cut_metrics(output, done)
+        cut_metrics(output, kept.global_step if kept else 0)
     stop = threading.Event()
     clock = Clock(checkpoint)
+    trainer.add_callback(_Metrics(output))
+    if kept and kept.global_step >= steps:  # killed after its last step: Trainer would take one more
+        trainer._load_from_checkpoint(str(checkpoint))
+        kept.is_world_process_zero = trainer.is_world_process_zero()
+        trainer.state = kept
+        return clock.seconds
     with progress_bar("training", total=steps) as advance, _interruptible(stop):
         trainer.add_callback(clock)
-        trainer.add_callback(_Metrics(output))
         trainer.add_callback(_Progress(advance, stop, trainer.accelerator))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.is_set() and trainer.state.global_step < steps:
@@ -359,16 +363,19 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
 
 class _Metrics(TrainerCallback):  # type: ignore[misc]
-    """Appends every logged number to metrics.jsonl."""
+    """Appends every logged number to metrics.jsonl, where a killed run may have put its last evaluation."""
 
     def __init__(self, output: Path) -> None:
         self.file = output / METRICS
+        self.there = set(self.file.read_text(encoding="utf-8").split("\n")) if self.file.is_file() else set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        line = json.dumps({"step": state.global_step, **(logs or {})})
+        if line not in self.there:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
