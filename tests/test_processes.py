@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from families import tiny_model
 from prefixtune.cli import main
+from prefixtune.train.folder import last_checkpoint
 from tokenizers_for_tests import byte_tokenizer
 
 SCRIPT = """
@@ -155,3 +156,13 @@ def test_run_in_two_processes_goes_on_in_two_and_not_in_one(place: Path, tmp_pat
     assert [entry["step"] for entry in metrics(tmp_path / "two")] == [
         entry["step"] for entry in metrics(place / "two")
     ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_checkpoint_without_the_random_state_of_a_process_is_passed_over(
+    place: Path, tmp_path: Path, rank: int
+) -> None:
+    run = Path(shutil.copytree(place / "two", tmp_path / "two"))
+    assert last_checkpoint(run, processes=2) == run / "checkpoint-6"
+    (run / "checkpoint-6" / f"rng_state_{rank}.pth").unlink()  # the processes write theirs one by one
+    assert last_checkpoint(run, processes=2) == run / "checkpoint-4"

@@ -142,7 +142,7 @@ def distill(
             "the text is empty, so there is nothing to distil", hint="give --text or --instruction"
         )
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
-    record = finished(output, began["resolved"]["steps"]) if began else None
+    record = finished(output, began["resolved"]) if began else None
     if record and (known := _known(output)):
         note(f"{output}: the run has come to its end already; nothing to do")
         return dataclasses.replace(known, output=str(output))

@@ -132,12 +132,17 @@ def check_resumed(
                 f"{called}: not the {what} that the run in {output} was begun with",
                 hint="restore them, or begin another run",
             )
-    before = resolved.get("processes", 1)  # not in the records of earlier versions
+    before = _processes(resolved)
     if before != processes:
         raise RunError(
             f"{output}: the run was begun in {before} processes; this is {processes}",
             hint="a step has each process's rows: start as many, or begin another run",
         )
+
+
+def _processes(resolved: Mapping[str, Any]) -> int:
+    found: int = resolved.get("processes", 1)  # not in the records of earlier versions
+    return found
 
 
 @contextmanager
@@ -193,20 +198,28 @@ def record_run(
         draft.replace(output / name)
 
 
-def finished(output: Path, steps: int) -> dict[str, Any] | None:
-    """The training record of a run that has come to its end, with the size of its file; else None."""
-    last = last_checkpoint(output)
-    if last is None or not (output / INFO).is_file() or _step(last) < steps:
+def finished(output: Path, resolved: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The training record of a run that has come to its end, with the size of its file; else None.
+
+    Args:
+        resolved: what the run recorded.
+    """
+    last = last_checkpoint(output, processes=_processes(resolved))
+    if last is None or not (output / INFO).is_file() or _step(last) < resolved["steps"]:
         return None
     training = read_info(output)["training"]
     return {**training, "prefix_file_bytes": (output / TENSORS).stat().st_size} if training else None
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint; half-written and damaged ones are passed over, and told."""
+def last_checkpoint(output: Path, *, processes: int) -> Path | None:
+    """The newest complete checkpoint; half-written and damaged ones are passed over, and told.
+
+    Args:
+        processes: that the run was begun in; each has written its own random state.
+    """
     found = []
     for folder in output.glob("checkpoint-*"):
-        problem = _incomplete(folder)
+        problem = _incomplete(folder, processes)
         if problem:
             note(f"{folder} is passed over: {problem}")
         else:
@@ -214,19 +227,17 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _incomplete(folder: Path) -> str | None:
+def _incomplete(folder: Path, processes: int) -> str | None:
     """What is wrong with a checkpoint: each file must be there and be whole."""
+    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
     try:
         _step(folder)
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             tensors.keys()
-        states = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")]
-        if len(states) < 3:
-            return "rng_state.pth is missing"
-        for path in states:
-            with zipfile.ZipFile(path) as archive:
+        for name in ("optimizer.pt", "scheduler.pt", *names):
+            with zipfile.ZipFile(folder / name) as archive:
                 if archive.testzip() is not None:
-                    return f"{path.name} is damaged"
+                    return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
         return f"it is incomplete or damaged ({error})"
     return None

@@ -138,7 +138,7 @@ def train(
         one_process_only("find_learning_rate", hint="find a rate in one process, then give --learning-rate")
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
     joined().wait_for_everyone()  # before the first one writes the folder
-    if began and (record := finished(output, began["resolved"]["steps"])):
+    if began and (record := finished(output, began["resolved"])):
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
     check_weights(model, config, force=force)
@@ -243,9 +243,8 @@ def train_examples(
         steps, rate = resolved["steps"], resolved["learning_rate"]
         note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
         with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
-            seconds = run(
-                trainer, output, steps=steps, checkpoint=last_checkpoint(output) if resume else None
-            )
+            checkpoint = last_checkpoint(output, processes=processes) if resume else None
+            seconds = run(trainer, output, steps=steps, checkpoint=checkpoint)
         return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
 
 
