@@ -37,6 +37,7 @@ from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, require_matplotlib
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
+from prefixtune.train.sampler import LengthGroupedSampler
 from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
 
 INPUTS, ROWS = 5, 16  # several rows have one input
@@ -115,10 +116,16 @@ def test_every_method_ends_in_a_line_of_the_table(measured: Measured) -> None:
 def test_all_methods_train_on_the_same_rows_in_the_same_order(family: str, tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
     methods = ("lora", "peft-prefix", "prefix", "full")
-    plan = make_plan(make_model(tmp_path, family), methods=methods, forgetting=False, eval_rows=1)
+    sizes = {"per_device_train_batch_size": 2, "eval_rows": 1}
+    plan = make_plan(make_model(tmp_path, family), methods=methods, forgetting=False, **sizes)
     found = Measured.of(plan, tmp_path / "cells")
     assert len({found.cells[name]["rows_seen"] for name in methods}) == 1
     assert len({found.cells[name]["resolved"]["steps"] for name in methods}) == 1
+    lengths = [len(example.input_ids) for example in found.rows.train]
+    order = LengthGroupedSampler(lengths, 1 if family == "llama" else 2, seed=plan.cells[0].seed)
+    tokens = sum(lengths[row] for row in list(order)[:6])  # of 12 rows: three steps
+    for cell in found.cells.values():
+        assert cell["tokens_per_second"] * cell["train_seconds"] == pytest.approx(tokens)
 
 
 def test_another_seed_is_another_order(model: Path, tmp_path: Path) -> None:

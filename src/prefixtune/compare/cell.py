@@ -157,7 +157,7 @@ def _ours(
     begin = time.perf_counter()
     trainer, resolved = trainer_for(base, examples, prefix_options=prefix, config=config, output=folder)
     trainer.remove_callback(PrinterCallback)
-    seen = _train(trainer)
+    seen, tokens = _train(trainer)
     seconds = time.perf_counter() - begin
     model = trainer.model
     with quiet_eval(model):
@@ -170,7 +170,7 @@ def _ours(
         trainable_parameters=_trainable(model),
         file_bytes=(folder / "prefix.safetensors").stat().st_size,
         train_seconds=seconds,
-        trained_tokens=_tokens(trainer, examples),
+        trained_tokens=tokens,
         resolved={
             "steps": resolved["steps"],
             "learning_rate": resolved["learning_rate"],
@@ -213,7 +213,7 @@ def _peer(
     )
     trainer.remove_callback(PrinterCallback)
     count = _trainable(trainer.model)
-    seen = _train(trainer)
+    seen, tokens = _train(trainer)
     seconds = time.perf_counter() - begin
     model = trainer.model
     size = _served(model, precision) if cell.method.of == "full" else _saved(model, folder)
@@ -222,7 +222,7 @@ def _peer(
         trainable_parameters=count,
         file_bytes=size,
         train_seconds=seconds,
-        trained_tokens=_tokens(trainer, examples),
+        trained_tokens=tokens,
         resolved={
             "steps": trainer.state.max_steps,
             "batch": shared.per_device_train_batch_size,
@@ -262,28 +262,32 @@ def _rank(model: Any) -> dict[str, Any]:
     return found
 
 
-def _train(trainer: Any) -> str:
-    """Train to the end: a hash of the rows in the order in which they came."""
-    seen = sha256()
-    collate = trainer.data_collator
+def _train(trainer: Any) -> tuple[str, int]:
+    """Train to the end: a hash of the rows in the order in which they came, and the tokens trained on.
+
+    These are real tokens, prompts among them; no padding and no virtual tokens. They are counted by steps,
+    because one batch more is collated than is trained on.
+    """
+    seen, tokens = sha256(), 0
+    collate, train_on = trainer.data_collator, trainer.training_step
 
     def recorded(examples: Sequence[Example]) -> Any:
         for example in examples:
             seen.update(json.dumps(example.input_ids).encode())
         return collate(examples)
 
-    trainer.data_collator = recorded
+    def counted(model: Any, inputs: Any, *rest: Any) -> Any:
+        nonlocal tokens
+        tokens += int(inputs["attention_mask"].sum())
+        return train_on(model, inputs, *rest)
+
+    trainer.data_collator, trainer.training_step = recorded, counted
     trainer.train()
-    return seen.hexdigest()
+    return seen.hexdigest(), tokens
 
 
 def _trainable(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _tokens(trainer: Any, examples: Sequence[Example]) -> int:
-    """Real tokens that were trained on, prompts among them; no padding and no virtual tokens."""
-    return round(float(trainer.state.epoch) * sum(len(example.input_ids) for example in examples))
 
 
 def _losses(trainer: Any) -> list[tuple[int, float]]:
