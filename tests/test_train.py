@@ -280,8 +280,9 @@ def test_finished_run_resumed_is_left_as_it_is(place: Path, tmp_path: Path, more
 
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    succeed(*options(place, whole, *LONG_RUN, evaluates=False))
-    args = options(place, cut, *LONG_RUN, evaluates=False)
+    more = [*LONG_RUN, "--logging-steps", 24]  # the stop comes between two of them
+    succeed(*options(place, whole, *more, evaluates=False))
+    args = options(place, cut, *more, evaluates=False)
     code, stdout, stderr = stop(args, cut, step=SAVED, sign=signal.SIGINT)
     assert code == 1, stderr
     assert stdout == ""
@@ -291,8 +292,12 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(place: Path, tmp_path:
     assert checkpoints(cut)[-1].name == f"checkpoint-{reached}"
     succeed(*args, "--resume")
     assert bits(cut) == bits(whole)
-    steps = [step for step, _ in logged(cut, "loss")]
-    assert steps == list(range(1, STEPS + 1))
+    assert [step for step, _ in logged(cut, "loss")] == list(range(24, STEPS + 1, 24))
+    for kind in ("loss", "divergence"):
+        assert logged(cut, kind) == logged(whole, kind)
+    (_, before), (_, after) = logged(cut, "train_loss")  # means over the steps of each part
+    both = before * reached + after * (STEPS - reached)
+    assert both / STEPS == pytest.approx(logged(whole, "train_loss")[0][1], rel=1e-5)
 
 
 # --- the run folder ----------------------------------------------------------------------------------------

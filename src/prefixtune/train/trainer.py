@@ -28,6 +28,7 @@ from prefixtune.train.folder import METRICS, cut_metrics
 from prefixtune.train.retention import Retention
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.step import SilentLayers, Step
+from prefixtune.train.window import LogWindow
 
 __all__ = ["KeepBest", "PrefixTrainer", "run", "training_arguments"]
 
@@ -296,6 +297,7 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
     with progress_bar("training", total=steps) as advance, _interruptible(stop):
         trainer.add_callback(clock)
         trainer.add_callback(_Progress(advance, stop, trainer.accelerator))
+        trainer.add_callback(LogWindow(trainer, kept.stateful_callbacks if kept else {}))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.is_set() and trainer.state.global_step < steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
