@@ -431,6 +431,13 @@ def test_a_cell_is_known_by_the_rows_that_it_trains_on(model: Path) -> None:
     assert [name for name, key in again.items() if key == told[name]] == ["base-1", "prompt-1"]
 
 
+def test_rows_of_another_layout_are_made_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(model)
+    before = plan.data_key()
+    monkeypatch.setattr("prefixtune.compare.plan.LAYOUT", 0)
+    assert plan.data_key() != before
+
+
 def test_other_longest_answers_change_the_key(model: Path) -> None:
     keys = set()
     for limit, longest in ((None, 512), (None, 256), (9, 512)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from prefixtune.cli import main
+from prefixtune.cli.serve import _other_bases
 from serving import TOKENIZER, served_base, write_prefix
 
 CODE = "import torch; torch.set_num_threads(1); from prefixtune.cli import main; main()"
@@ -133,6 +135,21 @@ def test_empty_key_in_the_environment_is_no_open_door(
 ) -> None:
     monkeypatch.setenv(variable, "")
     assert f"{variable}: expected a key" in fail("--model", place / "little-0.5B", code=2)
+
+
+def test_prefixes_of_a_base_in_another_precision_are_told(place: Path, tmp_path: Path) -> None:
+    plain = {"name": "mail", "folder": str(place / "other"), "problem": None}
+    assert _other_bases([plain], None) == []
+    (told,) = _other_bases([plain], "int8")
+    assert told.startswith("mail: trained on a base in full precision, but served on one in int8; ")
+    copied = shutil.copytree(place / "other", tmp_path / "packed")
+    info = json.loads((copied / "prefix.json").read_text(encoding="utf-8"))
+    text = json.dumps({**info, "quantization": {"scheme": "int8"}})
+    (copied / "prefix.json").write_text(text, encoding="utf-8")
+    packed = {**plain, "folder": str(copied)}
+    assert _other_bases([packed], "int8") == []
+    (told,) = _other_bases([packed], None)
+    assert told.endswith("served on one in full precision; as trained is --quantize int8")
 
 
 def test_port_that_is_taken_is_told(place: Path) -> None:

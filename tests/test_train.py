@@ -20,8 +20,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers as hf
 from click.testing import CliRunner, Result
 from filelock import FileLock
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 
@@ -29,13 +31,14 @@ from families import tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.cli import main
 from prefixtune.config import DataConfig, TrainConfig
-from prefixtune.data import Collator, Example, build_examples, load_rows
+from prefixtune.data import Collator, Example, Row, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
-from prefixtune.train import PrefixTrainer, default_start
+from prefixtune.train import PrefixTrainer, default_start, telling_rows
+from prefixtune.train.callbacks import KeepBest
 from prefixtune.train.folder import last_checkpoint
 from prefixtune.train.sampler import LengthGroupedSampler
-from prefixtune.train.trainer import KeepBest, training_arguments
+from prefixtune.train.trainer import training_arguments
 from tokenizers_for_tests import CHATML, THINKING, byte_tokenizer
 
 EPOCHS, STEPS, SAVED = 12, 72, 5  # 24 rows, 2 x 2 rows a step
@@ -295,9 +298,10 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(place: Path, tmp_path:
     assert [step for step, _ in logged(cut, "loss")] == list(range(24, STEPS + 1, 24))
     for kind in ("loss", "divergence"):
         assert logged(cut, kind) == logged(whole, kind)
-    (_, before), (_, after) = logged(cut, "train_loss")  # means over the steps of each part
-    both = before * reached + after * (STEPS - reached)
-    assert both / STEPS == pytest.approx(logged(whole, "train_loss")[0][1], rel=1e-5)
+    if Version(hf.__version__) >= Version("5.20"):  # before, Trainer divided the second by all steps
+        (_, before), (_, after) = logged(cut, "train_loss")  # means over the steps of each part
+        both = before * reached + after * (STEPS - reached)
+        assert both / STEPS == pytest.approx(logged(whole, "train_loss")[0][1], rel=1e-5)
 
 
 # --- the run folder ----------------------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def test_resume_on_what_changed_under_the_same_name_is_refused(
     record = json.loads((output / "run.json").read_text())  # of a version that noted the training rows only
     record["resolved"] = {k: v for k, v in record["resolved"].items() if k not in ("eval_rows", "base")}
     (output / "run.json").write_text(json.dumps(record))
-    assert (call(*args, "--resume").exit_code == 0) == (changed == "evaluation rows")
+    assert (call(*args, "--resume").exit_code == 0) == (changed != "rows")
 
 
 def test_folder_that_another_process_trains_in_is_left_alone(
@@ -634,6 +638,15 @@ def test_prefix_starts_from_the_kv_of_a_whole_training_row(place: Path, tmp_path
         assert_starts_from(output, place, list(ids))
 
 
+def test_a_row_without_an_answer_is_no_start() -> None:
+    rows = [
+        Row(values={"instruction": "a b c", "output": text}, origin="r") for text in ("", "yes yes", "no")
+    ]
+    (empty, long, short), _ = build_examples(rows, byte_tokenizer(), DataConfig())
+    assert telling_rows([empty, long, short]) == [long.input_ids, short.input_ids]
+    assert telling_rows([empty]) == [empty.input_ids]
+
+
 @pytest.mark.parametrize(
     ("length", "bos", "expected"),
     [
@@ -792,6 +805,7 @@ def test_without_evaluation_rows_the_last_prefix_is_kept(place: Path, tmp_path: 
     succeed(*options(place, tmp_path / "run", *SHORT_RUN, evaluates=False))
     record = training_record(tmp_path / "run")
     assert record["eval_loss"] is record["base_loss"] is record["best_step"] is None
+    assert record["train_loss"] > 0  # though it has fewer steps than there are between two logs
     kept = load_file(tmp_path / "run" / "prefix.safetensors")["layers.0.key"]
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     model = PrefixModel.from_pretrained(base, tmp_path / "run", is_trainable=True)

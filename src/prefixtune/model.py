@@ -265,7 +265,8 @@ class PrefixModel(nn.Module):
         """A saved prefix on its base model: from a folder, or from the hub by name.
 
         Args:
-            is_trainable: go on training; the projection is restored where the folder has it.
+            is_trainable: go on training; the projection is restored where the folder has it. Its record of
+                steps and losses is left out, as it will not be true of what is saved.
 
         Raises:
             StorageError: the folder is damaged, or belongs to another base model.
@@ -285,11 +286,11 @@ class PrefixModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._put_together(base, prefix.to(next(base.parameters()).device), geometry)
-        model.record |= {key: stored.info.get(key) for key in ("template", "training")}
+        model.record["template"] = stored.info.get("template")
         if is_trainable:
             refuse_lost_gradient(base)
         else:  # what it was trained on, whatever it is served on
-            model.record["quantization"] = stored.info.get("quantization")
+            model.record |= {key: stored.info.get(key) for key in ("training", "quantization")}
         model.prefix.requires_grad_(is_trainable)
         return model.train(is_trainable)
 

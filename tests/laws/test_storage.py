@@ -24,7 +24,7 @@ from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.errors import StorageError, UnsupportedModelError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.geometry import Geometry
-from prefixtune.storage import check_base, load_prefix
+from prefixtune.storage import check_base, load_prefix, read_info
 
 both_parameterisations = pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
 
@@ -77,6 +77,16 @@ def test_saved_prefix_serves_and_trains_as_before_to_the_bit(
     assert again.state_dict().keys() == model.state_dict().keys()
     assert same(gradients(again), gradients(model))
     assert min(gradient.abs().max().item() for gradient in gradients(again)) > 0
+
+
+def test_a_prefix_that_trains_on_has_no_figures_of_its_first_training(tmp_path: Path) -> None:
+    model = trained("llama", projection=False, layers=None)
+    model.record |= {"template": "human", "training": {"steps": 3}}
+    model.save_pretrained(tmp_path / "prefix")
+    for is_trainable, kept in ((False, {"steps": 3}), (True, None)):
+        load(tmp_path / "prefix", is_trainable=is_trainable).save_pretrained(tmp_path / "again")
+        info = read_info(tmp_path / "again")
+        assert (info["template"], info["training"]) == ("human", kept)
 
 
 @every_family

@@ -75,17 +75,22 @@ def with_prefix(loaded: Loaded, folder: Path) -> Loaded:
     return replace(loaded, model=model, name=folder.resolve().name, template=info.get("template"))
 
 
-def _trained_scheme(folder: Path) -> str | None:
-    """How the prefix's base was quantised, where load_base can do that; said, because nobody asked for it."""
+def scheme_of(folder: Path) -> str | None:
+    """How the base was quantised that the prefix was trained on; None for one in full precision."""
     from prefixtune.storage import read_info
 
     told = read_info(folder)["quantization"]
-    if told is None:
+    return told.get("scheme") if isinstance(told, dict) else told
+
+
+def _trained_scheme(folder: Path) -> str | None:
+    """How the prefix's base was quantised, where load_base can do that; said, because nobody asked for it."""
+    scheme = scheme_of(folder)
+    if scheme is None:
         return None
-    scheme = told.get("scheme") if isinstance(told, dict) else told
     if scheme in SCHEMES:
         say(f"{folder}: trained on a base in {scheme}, so it is loaded so (--quantize none does not)")
-        return str(scheme)
+        return scheme
     say(f"{folder}: trained on a base in {scheme}, which is not offered: it is loaded in full precision")
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -106,6 +106,8 @@ def serve(
     service = Service(
         loaded.base, loaded.tokenizer, name=name, config=config, prefixes=prefixes, prefix_dir=prefix_dir
     )
+    for told in _other_bases(service.store.describe(), quantize):
+        say(told)
     is_local = _is_loopback(config.host)
     hosts = (*LOOPBACK, config.host, *allowed_hosts) if is_local or allowed_hosts else None
     app = build_app(service, api_key=api_key, admin_key=admin_key, cors=cors, hosts=hosts)
@@ -129,6 +131,22 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _other_bases(served: Sequence[Mapping[str, Any]], quantize: str | None) -> list[str]:
+    """Which prefixes were trained on a base in another precision than the one that serves them all."""
+    from prefixtune.cli.engine import scheme_of
+
+    names: dict[str | None, list[str]] = {}
+    for entry in served:
+        if entry["problem"] is None:
+            names.setdefault(scheme_of(Path(entry["folder"])), []).append(entry["name"])
+    return [
+        f"{', '.join(those)}: trained on a base in {scheme or 'full precision'}, but served on one in "
+        f"{quantize or 'full precision'}; as trained is {f'--quantize {scheme}' if scheme else 'without'}"
+        for scheme, those in names.items()
+        if scheme != quantize
+    ]
 
 
 def _named(pairs: Sequence[str]) -> dict[str, Path]:

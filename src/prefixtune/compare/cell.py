@@ -30,7 +30,14 @@ from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.prefix import count_parameters
-from prefixtune.train import default_length, default_start, planned_steps, prefix_config_of, trainer_for
+from prefixtune.train import (
+    default_length,
+    default_start,
+    planned_steps,
+    prefix_config_of,
+    telling_rows,
+    trainer_for,
+)
 
 __all__ = ["answer_limit", "run_cell"]
 
@@ -237,7 +244,7 @@ def _peer(
 def _start(base: LoadedBase, examples: Sequence[Example], length: int) -> tuple[int, ...]:
     """As for our own prefix."""
     bos = getattr(base.tokenizer, "bos_token_id", None)
-    return default_start([example.input_ids for example in examples], length, bos=bos)
+    return default_start(telling_rows(examples), length, bos=bos)
 
 
 def _served(model: Any, precision: Any) -> int:

@@ -27,6 +27,7 @@ FOLLOWED = {
     "lora": ("length", "layers", "projection", "hidden_size"),
     **dict.fromkeys(("prompt-tuning", "p-tuning", "peft-prefix", "prefix"), ("length",)),
 }
+LAYOUT = 2  # of data.json: a file of another is made anew
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
 
 
@@ -150,6 +151,7 @@ class Plan:
         """A hash of all that decides which rows there are and how they read."""
         config = self.config
         parts = {
+            "layout": LAYOUT,
             "packages": versions(("prefixtune", "torch", "transformers", "tokenizers")),
             "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],

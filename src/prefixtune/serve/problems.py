@@ -67,7 +67,11 @@ def invalid_body(errors: Sequence[Any]) -> ApiError:
             400, f"{place!r} is not supported by this server", code="unsupported_parameter", param=place
         )
     if not field:
-        return ApiError(400, "the body must be a JSON object", code="invalid_type")
+        return ApiError(
+            400,
+            "the body must be a JSON object, sent with the header content-type: application/json",
+            code="invalid_type",
+        )
     same = [error for error in errors if error["loc"][1:2] == first["loc"][1:2]]
     reasons = list(dict.fromkeys(_reason(error) for error in same))
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"

@@ -1,8 +1,9 @@
 """Trains a prefix with transformers' Trainer, in a folder that can be resumed at any time.
 
 Reading order: `session` (from options to a finished run), `defaults` (what options leave open), `build` (its
-trainer), `trainer` (Trainer, its arguments, what happens at a step), `sampler` (the order of the rows),
-`clock` (its time), `folder` (what is on disk), `processes` (who does what where there are several).
+trainer), `trainer` (Trainer, its arguments, what happens at a step), `callbacks` (beside it), `sampler` (the
+order of the rows), `clock` and `window` (what goes on in a resumed run), `folder` (what is on disk),
+`processes` (who does what where there are several).
 Knows data and models by name only.
 """
 
@@ -16,6 +17,7 @@ from prefixtune.train.defaults import (
     planned_epochs,
     planned_steps,
     prefix_config_of,
+    telling_rows,
     warmup_steps_for,
 )
 from prefixtune.train.processes import is_first, one_process_only
@@ -35,6 +37,7 @@ __all__ = [
     "planned_epochs",
     "planned_steps",
     "prefix_config_of",
+    "telling_rows",
     "train",
     "train_examples",
     "trainer_for",

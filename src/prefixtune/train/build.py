@@ -19,9 +19,10 @@ from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
+from prefixtune.train.callbacks import KeepBest
 from prefixtune.train.defaults import check_lengths, prefix_config_of, resolve
 from prefixtune.train.retention import SHORTEST, TOKENS, Retention, kept_texts
-from prefixtune.train.trainer import KeepBest, PrefixTrainer, training_arguments
+from prefixtune.train.trainer import PrefixTrainer, training_arguments
 
 __all__ = ["add_retention", "compile_base", "make_trainer", "trainer_for"]
 

@@ -31,6 +31,7 @@ __all__ = [
     "planned_steps",
     "prefix_config_of",
     "resolve",
+    "telling_rows",
     "warmup_steps_for",
 ]
 
@@ -113,6 +114,11 @@ def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None
     return (*front, *tokens[max(0, len(tokens) + len(front) - length) :])
 
 
+def telling_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    """Token ids of the rows to start from: those with more of an answer than its end token; else all."""
+    return [e.input_ids for e in examples if e.target_tokens > 1] or [e.input_ids for e in examples]
+
+
 def length_for(model: Any, rows: int, longest: Example) -> int:
     """The default length for so many rows, or what the longest of all leaves of the model's positions.
 
@@ -164,7 +170,7 @@ def prefix_config_of(
         given["length"] = length_for(base.model, len(examples), longest)
     if "init" not in given:
         bos = getattr(base.tokenizer, "bos_token_id", None)
-        tokens = default_start([example.input_ids for example in examples], given["length"], bos=bos)
+        tokens = default_start(telling_rows(examples), given["length"], bos=bos)
         given |= {"init": "tokens", "init_tokens": tokens}
         shown = base.tokenizer.decode(tokens) if base.tokenizer is not None else tokens
         note(f"the prefix starts from the KV of: {shown!r:.200}")

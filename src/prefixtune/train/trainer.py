@@ -1,11 +1,9 @@
-"""Trainer with target-token evaluation and batches of similar length, its arguments, its callbacks."""
+"""Trainer with target-token evaluation and batches of similar length, its arguments, and a run of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,22 +13,23 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
+from prefixtune.train.callbacks import Epoch, Metrics, Progress
 from prefixtune.train.clock import Clock
 from prefixtune.train.defaults import warmup_steps_for
-from prefixtune.train.folder import METRICS, cut_metrics
+from prefixtune.train.folder import cut_metrics
 from prefixtune.train.retention import Retention
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.step import SilentLayers, Step
 from prefixtune.train.window import LogWindow
 
-__all__ = ["KeepBest", "PrefixTrainer", "run", "training_arguments"]
+__all__ = ["PrefixTrainer", "run", "training_arguments"]
 
 
 class PrefixTrainer(Trainer):  # type: ignore[misc]
@@ -66,7 +65,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.silent = SilentLayers()
         self.optimizer: Any = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_Epoch())
+        self.add_callback(Epoch())
         self._refuse_what_has_no_effect()
         base = self.accelerator.unwrap_model(self.model).base_model
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
@@ -224,6 +223,7 @@ def training_arguments(
             "seed",
         )
     }
+    same["logging_steps"] = min(config.logging_steps, resolved["steps"])  # a short run tells its loss too
     if config.gradient_checkpointing:
         known = {field.name for field in dataclasses.fields(TrainingArguments)}
         # renamed within transformers 5
@@ -288,7 +288,7 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
         cut_metrics(output, kept.global_step if kept else 0)
     stop = threading.Event()
     clock = Clock(checkpoint)
-    trainer.add_callback(_Metrics(output))
+    trainer.add_callback(Metrics(output))
     if kept and kept.global_step >= steps:  # killed after its last step: Trainer would take one more
         trainer._load_from_checkpoint(str(checkpoint))
         kept.is_world_process_zero = trainer.is_world_process_zero()
@@ -296,7 +296,7 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
         return clock.seconds
     with progress_bar("training", total=steps) as advance, _interruptible(stop):
         trainer.add_callback(clock)
-        trainer.add_callback(_Progress(advance, stop, trainer.accelerator))
+        trainer.add_callback(Progress(advance, stop, trainer.accelerator))
         trainer.add_callback(LogWindow(trainer, kept.stateful_callbacks if kept else {}))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.is_set() and trainer.state.global_step < steps:
@@ -326,82 +326,3 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
     finally:
         for number in signals:
             signal.signal(number, before[number])
-
-
-class _Epoch(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler its epoch: neither Trainer nor accelerate reaches it where several processes resume
-    in the middle of one."""
-
-    def on_epoch_begin(
-        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
-    ) -> None:
-        batches = train_dataloader.batch_sampler
-        while hasattr(batches, "batch_sampler"):
-            batches = batches.batch_sampler
-        sampler: Any = getattr(batches, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int(state.epoch or 0))
-
-
-class KeepBest(TrainerCallback):  # type: ignore[misc]
-    """Keeps the prefix with the lowest evaluation loss in best/; its step travels with the checkpoints."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if (
-            loss is None
-            or not math.isfinite(loss)
-            or (state.best_metric is not None and loss >= state.best_metric)
-        ):
-            return
-        state.best_metric, state.best_global_step = loss, state.global_step
-        if state.is_world_process_zero:
-            model.save_pretrained(self.output / "best")
-
-
-class _Metrics(TrainerCallback):  # type: ignore[misc]
-    """Appends every logged number to metrics.jsonl, where a killed run may have put its last evaluation."""
-
-    def __init__(self, output: Path) -> None:
-        self.file = output / METRICS
-        self.there = set(self.file.read_text(encoding="utf-8").split("\n")) if self.file.is_file() else set()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        line = json.dumps({"step": state.global_step, **(logs or {})})
-        if line not in self.there:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """Moves the bar, and turns a Ctrl-C into a checkpoint and an orderly end."""
-
-    def __init__(self, advance: Any, stop: threading.Event, accelerator: Any) -> None:
-        self.advance, self.stop, self.accelerator, self.last = advance, stop, accelerator, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(state.global_step)
-        self.last = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(state.global_step - self.last)
-        self.last = state.global_step
-        if self.accelerator.num_processes > 1:  # all stop after one step, whichever saw the signal
-            if self.stop.is_set():
-                self.accelerator.set_trigger()
-            if self.accelerator.check_trigger():
-                self.stop.set()
-        if self.stop.is_set():
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        shown = {"loss": "loss", "eval_loss": "evaluation loss"}
-        for name in shown.keys() & (logs or {}).keys():
-            note(f"step {state.global_step}: {shown[name]} {float(logs[name]):.4f}")

@@ -1,0 +1,95 @@
+"""What a run does beside its steps: the best prefix, the log, the bar and Ctrl-C, the sampler's epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from prefixtune.progress import note
+from prefixtune.train.folder import METRICS
+
+__all__ = ["Epoch", "KeepBest", "Metrics", "Progress"]
+
+
+class Epoch(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch: neither Trainer nor accelerate reaches it where several processes resume
+    in the middle of one."""
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
+
+
+class KeepBest(TrainerCallback):  # type: ignore[misc]
+    """Keeps the prefix with the lowest evaluation loss in best/; its step travels with the checkpoints."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if (
+            loss is None
+            or not math.isfinite(loss)
+            or (state.best_metric is not None and loss >= state.best_metric)
+        ):
+            return
+        state.best_metric, state.best_global_step = loss, state.global_step
+        if state.is_world_process_zero:
+            model.save_pretrained(self.output / "best")
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Appends every logged number to metrics.jsonl, where a killed run may have put its last evaluation."""
+
+    def __init__(self, output: Path) -> None:
+        self.file = output / METRICS
+        self.there = set(self.file.read_text(encoding="utf-8").split("\n")) if self.file.is_file() else set()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        line = json.dumps({"step": state.global_step, **(logs or {})})
+        if line not in self.there:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Moves the bar, and turns a Ctrl-C into a checkpoint and an orderly end."""
+
+    def __init__(self, advance: Any, stop: threading.Event, accelerator: Any) -> None:
+        self.advance, self.stop, self.accelerator, self.last = advance, stop, accelerator, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step)
+        self.last = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(state.global_step - self.last)
+        self.last = state.global_step
+        if self.accelerator.num_processes > 1:  # all stop after one step, whichever saw the signal
+            if self.stop.is_set():
+                self.accelerator.set_trigger()
+            if self.accelerator.check_trigger():
+                self.stop.set()
+        if self.stop.is_set():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = {"loss": "loss", "eval_loss": "evaluation loss"}
+        for name in shown.keys() & (logs or {}).keys():
+            note(f"step {state.global_step}: {shown[name]} {float(logs[name]):.4f}")
