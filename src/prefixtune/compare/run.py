@@ -84,8 +84,9 @@ def _rows(plan: Plan, output: Path) -> Rows:
     path = output / DATA
     rows = Rows.read(path, key=plan.data_key())
     if rows is None:
-        note("reading the rows and timing the model …")
-        failure = _child(plan, output, name="rows", result=path, cell=None)
+        sampled = ", sampling neutral text" if plan.config.forgetting else ""
+        with progress_bar(f"reading the rows{sampled}, timing the model", total=1):
+            failure = _child(plan, output, name="rows", result=path, cell=None)
         if failure is not None:
             raise _as_error(failure)
         rows = Rows.read(path)
