@@ -230,6 +230,20 @@ def test_a_missing_field_is_named_with_the_fields_there_are(template: str) -> No
     assert "--fields output=<column>" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ("instruction;output", "its columns are separated by ';'"),
+        (" output ", "the row has instruction, ' output '"),
+    ],
+)
+def test_why_a_field_is_missing_can_be_seen(columns: str, said: str) -> None:
+    values = dict.fromkeys([columns] if ";" in columns else ["instruction", columns], "a")
+    with pytest.raises(DataError) as caught:
+        build_examples([Row(values=values, origin="r:1")], byte_tokenizer(), DataConfig())
+    assert said in f"{caught.value} {caught.value.hint}"
+
+
 @pytest.mark.parametrize("template", ["human", "chat"])
 def test_a_row_with_neither_instruction_nor_input_is_refused(template: str) -> None:
     with pytest.raises(DataError, match="no 'instruction' field; the row has output"):

@@ -167,11 +167,12 @@ def test_a_mapped_column_that_is_absent_is_named_with_what_there_is(tmp_path: Pa
 def test_parse_fields_reads_pairs() -> None:
     assert parse_fields("input=mr, output = ref ") == {"input": "mr", "output": "ref"}
     assert parse_fields("input=customer rating") == {"input": "customer rating"}
+    assert parse_fields('input=mr, "output=ref, final"') == {"input": "mr", "output": "ref, final"}
     assert parse_fields(None) == parse_fields(" ") == {}
 
 
 @pytest.mark.parametrize(
-    "text", ["input", "input=", "=mr", "input=mr,,output=ref", "input=mr,", "input=a,input=b"]
+    "text", ["input", "input=", "=mr", "input=mr,,output=ref", "input=mr,", "input=a,input=b", "a=b\nc=d"]
 )
 def test_parse_fields_refuses_what_is_no_pair(text: str) -> None:
     with pytest.raises(ConfigError, match="fields: "):

@@ -74,9 +74,15 @@ def required_text(row: Row, name: str) -> str:
 
 def missing_field(row: Row, name: str, *, wanted: str) -> DataError:
     """The error for a row without the column `name`, which the template's field `wanted` needs."""
+    there = [str(column) for column in row.values]
+    shown = ", ".join(repr(column) if column != column.strip() else column for column in there)
+    separators = [sign for sign in (";", "\t", "|") if len(there) == 1 and sign in there[0]]
+    hint = f"map it with --fields {wanted}=<column>"
+    if separators:
+        hint = f"its columns are separated by {separators[0]!r}: save it with commas, or with tabs as .tsv"
     return DataError(
-        f"{row.origin}: no '{name}' field; the row has {', '.join(map(str, row.values)) or 'no fields'}",
-        hint=f"map it with --fields {wanted}=<column>",
+        f"{row.origin}: no '{name}' field; the row has {shown or 'no fields'}",
+        hint=hint,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -36,19 +37,24 @@ def parse_fields(text: str | None) -> dict[str, str]:
     """The mapping of a template's fields to a file's columns.
 
     Example:
-        >>> parse_fields("input=mr,output=ref")
-        {'input': 'mr', 'output': 'ref'}
+        >>> parse_fields('input=mr,"output=ref, final"')  # quotes where a name has a comma
+        {'input': 'mr', 'output': 'ref, final'}
 
     Raises:
         ConfigError: a part is not FIELD=COLUMN, or a field is mapped twice.
     """
     fields: dict[str, str] = {}
-    for part in (text or "").split(",") if text and text.strip() else ():
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True)) if text and text.strip() else []
+    except csv.Error as error:  # a line break without quotes
+        raise ConfigError(f"fields: {text!r} is no list: {error}") from None
+    for part in parts:
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not (name and equals and column):
             raise ConfigError(
                 f"fields: expected FIELD=COLUMN, several with commas; got {part.strip()!r} in {text!r}",
-                hint="for example --fields input=mr,output=ref",
+                hint="for example --fields input=mr,output=ref; where a column has a comma the pair is in "
+                "quotes: 'input=mr,\"output=ref, final\"'",
             )
         if name in fields:
             raise ConfigError(f"fields: '{name}' is mapped twice, to {fields[name]} and to {column}")
