@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -34,7 +35,7 @@ from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Collator, Example, Row, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
-from prefixtune.train import PrefixTrainer, default_start, telling_rows
+from prefixtune.train import PrefixTrainer, TrainResult, default_start, telling_rows
 from prefixtune.train.callbacks import KeepBest
 from prefixtune.train.folder import last_checkpoint
 from prefixtune.train.sampler import LengthGroupedSampler
@@ -692,6 +693,21 @@ def test_run_of_one_step_trains(place: Path, tmp_path: Path) -> None:
         base, PrefixConfig(length=4, init="text", init_text="Say yes."), tokenizer=byte_tokenizer()
     )
     assert not torch.equal(model.prefix.bake().layers[0].key, start.prefix.bake().layers[0].key)
+
+
+@pytest.mark.parametrize(
+    ("estimated", "said"),
+    [
+        (2**30, "1.00 GiB, of loading; no more were estimated for training"),
+        (2**29, "1.00 GiB; 512 MiB were estimated (-50%)"),
+        (None, "1.00 GiB"),
+    ],
+)
+def test_peak_that_was_over_before_it_was_estimated_is_no_success(estimated: int | None, said: str) -> None:
+    numbers = {field.name: 0 for field in dataclasses.fields(TrainResult)}
+    texts = {"output": "run", "eval_loss": None, "peak_bytes": 2**30, "estimated_peak_bytes": estimated}
+    told = TrainResult(**{**numbers, **texts}).summary().splitlines()  # type: ignore[arg-type]
+    assert told[1] == f"peak memory {said}"
 
 
 @pytest.mark.parametrize("family", ["modernbert-decoder", "biogpt", "jetmoe"])

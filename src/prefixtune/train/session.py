@@ -86,7 +86,9 @@ class TrainResult:
             lines.append(f"evaluation loss {self.base_loss:.4f} (bare model) -> {self.eval_loss:.4f}")
         if self.peak_bytes:
             estimated = ""
-            if self.estimated_peak_bytes:
+            if self.estimated_peak_bytes == self.peak_bytes:  # known when it was estimated
+                estimated = ", of loading; no more were estimated for training"
+            elif self.estimated_peak_bytes:
                 error = self.estimated_peak_bytes / self.peak_bytes - 1
                 estimated = f"; {readable(self.estimated_peak_bytes)} were estimated ({error:+.0%})"
             lines.append(f"peak memory {readable(self.peak_bytes)}{estimated}")
