@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from families import FAMILIES, tiny_model
 from prefixtune import PrefixConfig
-from prefixtune.attachment import packs
+from prefixtune.attachment import packed, packs
 from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.data import Example
@@ -442,7 +442,8 @@ def test_probe_times_the_base_that_a_run_has(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 0, result.stderr
     layers = seen[0].base_model.model.layers
     assert isinstance(layers[0].mlp.up_proj, QuantizedLinear)
-    assert all(layer._compiled_call_impl is not None for layer in layers)
+    with packed(seen[0].base_model, None, [4]):
+        assert all(layer._compiled_call_impl is not None for layer in layers)
     refused = call(*line, "--no-packing")
     assert refused.exit_code == 2
     assert "only packed rows" in refused.stderr

@@ -184,8 +184,9 @@ def test_importing_bitsandbytes_asks_no_hub_and_says_nothing(tmp_path: Path) -> 
     """With the package `kernels` its import would download a kernel; without, it warns."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")
     script = (
-        "import torch; from prefixtune.quantize import QuantizedLinear\n"
+        "import logging, torch; from prefixtune.quantize import QuantizedLinear\n"
         "print(QuantizedLinear(torch.ones(2, 64), None, 'nf4').weight.sum().item())\n"
+        "print(logging.getLogger('bitsandbytes').level)\n"
         "import kernels"  # and it can be imported again afterwards
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
@@ -196,6 +197,5 @@ def test_importing_bitsandbytes_asks_no_hub_and_says_nothing(tmp_path: Path) -> 
         timeout=120,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert done.stdout == "128.0\n"
+    assert done.stdout == f"128.0\n{logging.NOTSET}\n"
     assert done.stderr.strip() == "kernels was imported"
-    assert logging.getLogger("bitsandbytes").level == logging.NOTSET
