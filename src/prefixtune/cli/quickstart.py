@@ -34,7 +34,7 @@ NEXT = """Go on with:
 )
 @json_option
 def quickstart(output: Path, rows: int, as_json: bool) -> None:
-    """Train a prefix on the packaged mails and measure it: some eight minutes on two cores."""
+    """Train a prefix on the packaged mails and measure it: 8 to 10 minutes on two quiet cores."""
     from prefixtune import quickstart as room
 
     result = room.quickstart(output)
