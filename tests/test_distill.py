@@ -124,7 +124,7 @@ def test_gradient_of_a_batch_with_aims_is_that_of_whole_logits(family: str) -> N
     passes = Passes.of(base, capacity=16, pad_token_id=0)
     rows = RowTokens.of_batch(Collator(0)(examples))
     by_passes = torch.zeros((), dtype=torch.float64)
-    for group in passes.plan([len(row.input_ids) for row in rows]):
+    for group in passes.plan(rows):
         with passes.loss([rows[row] for row in group], model.prefix()) as loss:
             loss.backward()
             by_passes += loss.detach()

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,23 +266,31 @@ class _RealBytes(LiveBytes):
 
 
 @pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("common", [0, 13])  # tokens that all rows begin with
 @pytest.mark.parametrize("steps", [2, 9])  # within an epoch, and beyond one
 def test_estimated_pass_is_the_largest_that_the_trainer_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packing: bool, steps: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packing: bool, common: int, steps: int
 ) -> None:
-    seen: list[list[int]] = []
+    seen: list[int] = []
     loss = Passes.loss
 
+    def size(lengths: Sequence[int]) -> int:
+        held_once = common * (len(lengths) - 1)
+        return sum(lengths) - held_once if packing else len(lengths) * max(lengths)
+
     def watched(self: Passes, rows: Any, pairs: Any) -> Any:
-        seen.append([len(row.input_ids) for row in rows])
+        seen.append(size([len(row.input_ids) for row in rows]))
         return loss(self, rows, pairs)
 
     monkeypatch.setattr(Passes, "loss", watched)
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(4, 40, (30,), generator=generator).tolist()
     examples = [
-        Example(input_ids=(1,) * n, labels=(-100,) * (n - 2) + (1,) * 2, origin="", truncated=0)
-        for n in lengths
+        Example(
+            input_ids=(3,) * common + tuple(range(n, 0, -1)),  # no two of a length, so that no more is common
+            labels=(-100,) * (common + n - 2) + (2, 1),
+            origin="",
+            truncated=0,
+        )
+        for n in random.Random(1).sample(range(4, 50), 30)
     ]
     config = TrainConfig(
         max_steps=steps, packing=packing, packing_length=64, report_to="none", retain=0, dtype="float32"
@@ -291,16 +301,14 @@ def test_estimated_pass_is_the_largest_that_the_trainer_runs(
         base, examples, prefix_options=options, config=config, output=tmp_path / "run", pad_token_id=0
     )
     trainer.train()
-
-    def size(rows: list[int] | tuple[int, ...]) -> int:
-        return sum(rows) if packing else len(rows) * max(rows)
-
     setup = setup_of(
         config, PrefixConfig(**options), examples, packing=packing, dtype=torch.float32, device="cpu"
     )
-    assert setup.tokens == max(map(size, seen))
+    assert setup.tokens == max(seen)
     assert setup.tokens == size(setup.lengths)
-    assert setup.target_share == pytest.approx(2 * len(setup.lengths) / sum(setup.lengths))
+    assert setup.common == (common if packing else 0)
+    own = sum(setup.lengths) - setup.common * len(setup.lengths)
+    assert setup.target_share == pytest.approx(2 * len(setup.lengths) / own)
     assert setup.passes == 2  # of an optimizer step
     assert setup.neutral_lengths == ()
     retaining = dataclasses.replace(config, retain=0.1)

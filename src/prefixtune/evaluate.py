@@ -108,7 +108,7 @@ def target_loss(
     with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(rows)) as advance:
         pairs = model.prefix() if has_prefix(model) else None
         passes = Passes.of(base, capacity=max(capacity, *lengths), pad_token_id=pad_token_id, packing=packing)
-        for group in passes.plan(lengths):
+        for group in passes.plan(rows):
             with passes.loss([rows[row] for row in group], pairs) as loss:
                 total += float(loss)
             advance(len(group))

@@ -2,6 +2,7 @@
 
 A batch of rows is run in passes of at most `capacity` tokens: documents packed end to end where the model can
 be told where they begin, else rows of similar length side by side. The sum over the passes is the batch's.
+What all rows of a pack begin with (a chat's system prompt, an instruction) is run once for all of them.
 Axes: S target tokens, d hidden size, V vocabulary.
 """
 
@@ -23,11 +24,21 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.geometry import has_values
 from prefixtune.rotary import alike, settle
 
-__all__ = ["PASS_TOKENS", "Passes", "RowTokens", "group_rows", "pack_rows", "planned"]
+__all__ = [
+    "PASS_TOKENS",
+    "Passes",
+    "RowTokens",
+    "common_start",
+    "first_target",
+    "group_rows",
+    "pack_rows",
+    "planned",
+]
 
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
+FEWEST = 8  # tokens that rows begin with in common, for them to be run once; a template's first word is not
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Head = Callable[[Tensor], Tensor]
@@ -35,7 +46,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RowTokens:
-    """One row: token ids [T], and labels [T] on the host, -100 where a token is no target; not shifted.
+    """One row on the host: token ids [T], and labels [T], -100 where a token is no target; not shifted.
 
     Attributes:
         aims: what a teacher has at the places that predict the targets, from `Passes.aims`, [targets, d]: its
@@ -53,10 +64,11 @@ class RowTokens:
         Raises:
             DataError: a row's attention mask has a hole.
         """
-        mask = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0).cpu()
+        ids_of, labels_of = batch["input_ids"].cpu(), batch["labels"].cpu()
+        mask = batch.get("attention_mask", torch.ones_like(ids_of)).cpu() != 0
         aims = batch.get("aims") or [None] * len(mask)
         rows = []
-        for ids, labels, kept, aim in zip(batch["input_ids"], batch["labels"].cpu(), mask, aims, strict=True):
+        for ids, labels, kept, aim in zip(ids_of, labels_of, mask, aims, strict=True):
             places = kept.nonzero().flatten()
             if len(places) == 0 or int(places[-1] - places[0]) + 1 != len(places):
                 raise DataError("attention_mask: a row of a training batch is empty, or has a hole")
@@ -104,11 +116,39 @@ def group_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def planned(model: Any, lengths: Sequence[int], capacity: int, *, packing: bool) -> list[list[int]]:
-    """Row numbers of each pass through a model: packs or groups of rows that its rotary turns alike."""
+def first_target(labels: Sequence[int]) -> int:
+    """The place of the first target that a loss counts; the row's length where there is none."""
+    return next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
+
+
+def common_start(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int]) -> int:
+    """How many tokens all rows begin with, before the one that predicts a target; 0 where they are few.
+
+    Example:
+        >>> rows = [(*range(1, 11), 31), (*range(1, 11), 32)]
+        >>> common_start(rows, [10, 10])
+        9
+    """
+    if len(ids) < 2:
+        return 0
+    lowest, highest = min(ids), max(ids)
+    shortest = min(map(len, ids))
+    limit = min(shortest, *first_targets) - 1
+    found = next((place for place in range(limit) if lowest[place] != highest[place]), limit)
+    return found if found >= FEWEST else 0
+
+
+def planned(
+    model: Any, lengths: Sequence[int], capacity: int, *, packing: bool, common: int = 0
+) -> list[list[int]]:
+    """Row numbers of each pass through a model: packs or groups of rows that its rotary turns alike.
+
+    Args:
+        common: tokens that the rows of a pack begin with, which it holds once.
+    """
     plan, passes = pack_rows if packing else group_rows, []
     for rows in alike(model, lengths):
-        groups = plan([lengths[row] for row in rows], capacity)
+        groups = plan([lengths[row] - common for row in rows], capacity - common)
         passes += [[rows[place] for place in group] for group in groups]
     return passes
 
@@ -137,9 +177,10 @@ class Passes:
         split = splits(base)
         return cls(base, capacity, packing and split and not packs(base), split, pad_token_id)
 
-    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+    def plan(self, rows: Sequence[RowTokens]) -> list[list[int]]:
         """Row numbers of each pass."""
-        return planned(self.base, lengths, self.capacity, packing=self.packing)
+        lengths, common = [len(row.input_ids) for row in rows], _common(rows) if self.packing else 0
+        return planned(self.base, lengths, self.capacity, packing=self.packing, common=common)
 
     @contextmanager
     def loss(self, rows: Sequence[RowTokens], pairs: Pairs | None) -> Iterator[Tensor]:
@@ -171,7 +212,7 @@ class Passes:
         Hidden states, which the head turns into logits; the logits of a model that has no head of its own.
         """
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for group in self.plan([len(row.input_ids) for row in rows]):
+        for group in self.plan(rows):
             with self._states([rows[row] for row in group], pairs) as (states, labels, _):
                 chosen = states[(labels != IGNORED).to(states.device)]
             counts = [int((rows[row].labels[1:] != IGNORED).sum()) for row in group]
@@ -185,41 +226,53 @@ class Passes:
     ) -> Iterator[tuple[Tensor, Tensor, Head]]:
         """Hidden states [S, d], the token that each place is to predict [S], and the head, in one pass."""
         device = next(self.base.parameters()).device
-        rows = [RowTokens(row.input_ids.to(device), row.labels) for row in rows]
         # an estimate makes passes of its own
         assert not has_values(self.base) or len(alike(self.base, [len(row.input_ids) for row in rows])) == 1
         settle(self.base)
         with torch.autocast(device.type, enabled=False):
             if self.packing:
-                rows = _filled_up(rows)
-                with packed(self.base, pairs, [len(row.input_ids) for row in rows]) as hidden_of:
-                    hidden = hidden_of(torch.cat([row.input_ids for row in rows])[None])  # [T, d]
-                    yield hidden, _shifted(rows), head_of(self.base)
+                documents, common = _documents(rows)
+                lengths = [len(row.input_ids) for row in documents]
+                with packed(self.base, pairs, lengths, common=common) as hidden_of:
+                    ids = torch.cat([row.input_ids for row in documents])[None]  # [1, T]
+                    yield hidden_of(ids.to(device)), _shifted(documents), head_of(self.base)  # [T, d]
             else:
                 with _attached(self.base, pairs):
-                    yield self._padded(rows)
+                    yield self._padded(rows, device)
 
-    def _padded(self, rows: Sequence[RowTokens]) -> tuple[Tensor, Tensor, Head]:
+    def _padded(self, rows: Sequence[RowTokens], device: torch.device) -> tuple[Tensor, Tensor, Head]:
         longest = max(len(row.input_ids) for row in rows)
         ids = _padded([row.input_ids for row in rows], self.pad_token_id, longest)  # [B, T]
         labels = _padded([F.pad(row.labels[1:], (0, 1), value=IGNORED) for row in rows], IGNORED, longest)
         mask = _padded([torch.ones_like(row.input_ids) for row in rows], 0, longest)
-        inputs = {"input_ids": ids} | ({} if bool(mask.all()) else {"attention_mask": mask})
+        inputs = {"input_ids": ids.to(device)}
+        inputs |= {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
         if self.split:
             return last_hidden(self.base, **inputs).flatten(0, 1), labels.flatten(), head_of(self.base)
         logits = self.base(use_cache=False, **inputs).logits
         return logits.flatten(0, 1), labels.flatten(), lambda chosen: chosen * 1
 
 
-def _filled_up(rows: list[RowTokens]) -> list[RowTokens]:
-    """The rows, and others without targets that make their tokens a multiple of STEP.
+def _common(rows: Sequence[RowTokens]) -> int:
+    return common_start(
+        [tuple(row.input_ids.tolist()) for row in rows], [first_target(row.labels.tolist()) for row in rows]
+    )
+
+
+def _documents(rows: Sequence[RowTokens]) -> tuple[list[RowTokens], int]:
+    """A pack's documents, and how many tokens all rows begin with: the first document then, which the others
+    continue. After them others without targets make the tokens of all a multiple of STEP.
 
     None of these is longer than the longest row, so that they take no position that the rows do not.
     """
-    spare, longest = -sum(len(row.input_ids) for row in rows) % STEP, max(len(row.input_ids) for row in rows)
+    common, first = _common(rows), rows[0].input_ids
+    head = [RowTokens(first[:common], torch.full((common,), IGNORED))] if common else []
+    own = [RowTokens(row.input_ids[common:], row.labels[common:]) for row in rows]
+    longest = max(len(row.input_ids) for row in own)
+    spare = -sum(len(row.input_ids) for row in (*head, *own)) % STEP
     sizes = [min(longest, spare - start) for start in range(0, spare, longest)]
-    fill = [RowTokens(rows[0].input_ids[:1].expand(size), torch.full((size,), IGNORED)) for size in sizes]
-    return [*rows, *fill]
+    fill = [RowTokens(first[:1].expand(size), torch.full((size,), IGNORED)) for size in sizes]
+    return [*head, *own, *fill], common
 
 
 def _shifted(rows: Sequence[RowTokens]) -> Tensor:

@@ -1,5 +1,7 @@
 """The loss of training (packed rows, target tokens only, in chunks) is the model's own cross entropy."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from oracle import without_dropout
@@ -10,7 +12,7 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
 from prefixtune.chunked import chunked_cross_entropy, chunked_divergence
-from prefixtune.loss import Passes, RowTokens, group_rows, pack_rows
+from prefixtune.loss import Passes, RowTokens, common_start, first_target, group_rows, pack_rows
 
 LENGTHS = (9, 4, 12, 1, 7)
 PREFIX = 5
@@ -51,11 +53,30 @@ def reference(base, rows, pairs):
 def by_passes(base, rows, pairs, *, packing, capacity=20):
     passes = Passes.of(base, capacity=capacity, pad_token_id=0, packing=packing)
     total = 0.0
-    for group in passes.plan([len(row.input_ids) for row in rows]):
+    for group in passes.plan(rows):
         with passes.loss([rows[i] for i in group], pairs) as loss:
             loss.backward()
         total += loss.item()
     return passes, total, gradients(pairs)
+
+
+def continued(rows, common, seed=6):
+    """The rows after `common` tokens, which are no targets; nor is what the last of them predicts."""
+    head = torch.randint(3, VOCAB, (common,), generator=torch.Generator().manual_seed(seed))
+    front = torch.full((common + 1,), -100)
+    return [RowTokens(torch.cat([head, r.input_ids]), torch.cat([front, r.labels[1:]])) for r in rows]
+
+
+@contextmanager
+def counted(base):
+    """A list to which each pass in the block adds the tokens that it runs."""
+    seen = []
+    embedding = base.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("family", FAMILIES + EXTRA)
@@ -67,6 +88,75 @@ def test_loss_and_gradient_of_packed_rows_equal_each_row_alone_with_whole_logits
         _, total, gradient = by_passes(base, rows, live_pairs(base), packing=packing)
         assert total == pytest.approx(expected, rel=1e-5)
         assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES + EXTRA)
+def test_what_packed_rows_begin_with_runs_once_and_changes_neither_loss_nor_gradient_nor_states(family):
+    """Windows of 6 positions are shorter than the 11 common tokens, and those longer than some rows."""
+    base = tiny_model(family).requires_grad_(False)
+    rows = continued(rows_of(), 11)
+    expected, expected_gradient = reference(base, rows, live_pairs(base))
+    with counted(base) as seen:
+        passes, total, gradient = by_passes(base, rows, live_pairs(base), packing=True, capacity=50)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
+    if passes.packing:
+        assert seen[-1] == 64  # 11 + 33, in a multiple of 32; as rows of their own they are 88
+    pairs = live_pairs(base)
+    for row, states in zip(rows, passes.aims(rows, pairs), strict=True):
+        (alone,) = passes.aims([row], pairs)
+        assert torch.allclose(states, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pack_holds_as_many_rows_as_fit_beside_their_common_beginning_and_never_more_tokens():
+    base = tiny_model("llama").requires_grad_(False)
+    passes = Passes.of(base, capacity=64, pad_token_id=0)
+    rows = continued(rows_of((9, 4, 12, 2, 7, 20, 14)), 30)
+    for several in (rows, rows[:2], rows[:1], [*rows, *rows_of((5,), seed=9)]):
+        plan = passes.plan(several)
+        assert sorted(row for group in plan for row in group) == list(range(len(several)))
+        for group in plan:
+            with counted(base) as seen, torch.no_grad(), passes.loss([several[row] for row in group], None):
+                assert len(seen) == 1
+                assert seen[0] <= 64
+    assert len(passes.plan(rows)) == 2  # of 30 + 34 tokens each; with rows whole it would be 7
+
+
+def test_rows_of_other_tokens_run_whole():
+    base = tiny_model("llama").requires_grad_(False)
+    passes = Passes.of(base, capacity=512, pad_token_id=0)
+    few = continued(rows_of(), 7)  # too few to gain
+    targets = [RowTokens(row.input_ids, row.input_ids) for row in continued(rows_of(), 11)]  # each counts
+    for rows in (rows_of(), few, targets):
+        with counted(base) as seen, torch.no_grad(), passes.loss(rows, None):
+            assert seen == [32 * -(-sum(len(row.input_ids) for row in rows) // 32)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "first_targets", "expected"),
+    [
+        ([(*range(20), 31), (*range(20), 32)], (20, 20), 19),  # what predicts the target is each row's own
+        ([(*range(20), 31), (*range(20), 32)], (20, 10), 9),
+        ([(*range(20), 31, 33), (*range(20), 32, 33)], (21, 21), 20),
+        ([(*range(20),), (*range(20),), (*range(15),)], (20, 20, 15), 14),  # a row keeps a token
+        ([(*range(20),)] * 3, (1, 20, 20), 0),
+        ([(*range(20),)] * 3, (8, 20, 20), 0),
+        ([(*range(20),)] * 3, (9, 20, 20), 8),
+        ([(*range(20),)], (20,), 0),
+        ([], (), 0),
+        ([(1,), (1,)], (1, 1), 0),
+    ],
+)
+def test_common_start_is_of_all_rows_and_ends_before_what_predicts_a_target(ids, first_targets, expected):
+    assert common_start(ids, first_targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [((-100, -100, 5), 2), ((5, -100, 6), 2), ((5, 6), 1), ((-100, -100), 2), ((5,), 1)],
+)
+def test_first_target_is_one_that_something_predicts(labels, expected):
+    assert first_target(labels) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES + EXTRA)
@@ -125,13 +215,16 @@ def test_no_document_sees_its_neighbours(family):
     assert not torch.equal(before[6:15], after[6:15])
 
 
+@pytest.mark.parametrize("common", [0, 30, 70, 64])
 @pytest.mark.parametrize("window", [None, 40, 150])
 @pytest.mark.parametrize("prefix", [0, 7, 60])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 3.0}, {"sinks": True}])
-def test_attention_in_blocks_equals_attention_with_a_whole_mask(window, prefix, extra):
-    """Documents longer than a block, grouped queries, values of another width than keys."""
+def test_attention_in_blocks_equals_attention_with_a_whole_mask(common, window, prefix, extra):
+    """Documents longer than a block, grouped queries, values of another width than keys; a common beginning
+    longer and shorter than a block and than the window."""
     generator = torch.Generator().manual_seed(3)
     lengths, (heads, kv_heads, dim, value_dim) = (300, 1, 129, 20), (6, 2, 8, 4)
+    lengths = (common, *lengths) if common else lengths
 
     def random(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -144,17 +237,20 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(window, prefix, 
     )
     front = (random(kv_heads, prefix, dim), random(kv_heads, prefix, value_dim))
     options = {name: random(heads) if name == "sinks" else given for name, given in extra.items()}
-    layout = Layout(lengths, prefix, window, torch.device("cpu"))
+    layout = Layout(lengths, prefix, window, torch.device("cpu"), common)
     out = attend_documents(query, key, value, front, layout, scale=0.4, **options)
 
-    parts = []
+    parts, before = [], front
     for q, k, v in zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True):
-        k, v = (torch.cat(two, 1).repeat_interleave(3, 0) for two in ((front[0], k), (front[1], v)))
+        own = [torch.cat(two, 1) for two in zip(before, (k, v), strict=True)]
+        if common and not parts:
+            before = own
+        k, v = (one.repeat_interleave(3, 0) for one in own)
         scores = 0.4 * q @ k.transpose(1, 2)
         if "softcap" in options:
             scores = 3.0 * torch.tanh(scores / 3.0)
         place = torch.arange(k.shape[1])
-        distance = place[prefix:, None] - place
+        distance = place[-q.shape[1] :, None] - place
         unseen = (distance < 0) | (distance >= window if window else False)
         scores = scores.masked_fill(unseen, -torch.inf)
         if "sinks" in options:

@@ -1,4 +1,4 @@
-"""Attention of the documents of a pack to a shared prefix and to themselves.
+"""Attention of the documents of a pack to a shared prefix, to a common beginning, and to themselves.
 
 On a CPU it is done in tiles: 64 queries, and of the keys only those from the start of the tile's first
 document on. Tiles with about as many keys share one batched matmul, so that the number of operations grows
@@ -6,8 +6,9 @@ with the tokens of a pack, not with its documents, and little is computed that a
 fused kernel with a mask is faster than many small ones. Scores and softmax are float32 whatever the model's
 precision: in bfloat16 the gradient would be visibly off.
 
-Axes: H query heads, K kv heads, G = H / K, P prefix, T tokens, D head dim; of a batch of tiles: n tiles, S
-queries and W keys of each, the prefix among them. Queries that share a kv head lie together: [n*K, S*G, D].
+Axes: H query heads, K kv heads, G = H / K, P prefix, C common tokens, T tokens with these, D head dim; of a
+batch of tiles: n tiles, S queries and W keys of each, prefix and common tokens among them. Queries that share
+a kv head lie together: [n*K, S*G, D].
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SCORES = 2**19  # of a matmul, at most, where it has more than one tile: what a 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries `first` to `last` of the pack, and the keys from `lowest` to `last`."""
+    """Queries `first` to `last` of the pack, and its keys from `lowest` to `last`, beside the front."""
 
     first: int
     last: int
@@ -41,7 +42,7 @@ class Tile:
 
     @property
     def keys(self) -> int:
-        return self.last - self.lowest
+        return max(0, self.last - self.lowest)
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class Layout:
         prefix: virtual tokens P.
         window: how many positions a token sees, itself included; None for all before it.
         device: of the model.
+        common: tokens C of the first document, which all others continue; 0 where they begin by themselves.
     """
 
     lengths: tuple[int, ...]
     prefix: int
     window: int | None
     device: torch.device
+    common: int = 0
     _batches: dict[tuple[int, int], list[Batch]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -83,15 +86,21 @@ class Layout:
 
     @cached_property
     def positions(self) -> Tensor:
-        """[T] positions: each document's begin at P; on the host."""
-        return self.prefix + torch.cat([torch.arange(t) for t in self.lengths])
+        """[T] positions: the first document's begin at P, those of the others after C more; on the host."""
+        begins = [self.prefix, *[self.front] * (len(self.lengths) - 1)]
+        return torch.cat([torch.arange(t) + begin for t, begin in zip(self.lengths, begins, strict=True)])
+
+    @property
+    def front(self) -> int:
+        """Keys before a document: P + C."""
+        return self.prefix + self.common
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         begins = list(accumulate(self.lengths, initial=0))
         found = []
         for first in range(0, begins[-1], TILE):
-            lowest = begins[bisect_right(begins, first) - 1]
+            lowest = max(self.common, begins[bisect_right(begins, first) - 1])
             if self.window is not None:
                 lowest = max(lowest, first - self.window + 1)
             found.append(Tile(first, min(begins[-1], first + TILE), lowest))
@@ -112,7 +121,7 @@ class Layout:
                 longest = found[-1][0]
                 alike = tile.last - tile.first == longest.last - longest.first
                 similar = tile.keys >= SIMILAR * longest.keys
-                scores = (len(found[-1]) + 1) * heads * TILE * (self.prefix + longest.keys)
+                scores = (len(found[-1]) + 1) * heads * TILE * (self.front + longest.keys)
                 if alike and similar and scores <= SCORES:
                     found[-1].append(tile)
                     continue
@@ -120,13 +129,13 @@ class Layout:
         return found
 
     def _batch(self, tiles: Sequence[Tile], kv_heads: int, groups: int) -> Batch:
-        width = self.prefix + max(tile.keys for tile in tiles)
+        width = self.front + max(tile.keys for tile in tiles)
         width = -(-width // STEP) * STEP
-        front, head = torch.arange(self.prefix), torch.arange(kv_heads)
+        front, head = torch.arange(self.front), torch.arange(kv_heads)
         keys, seen = [], []
         for tile in tiles:
-            spare = width - self.prefix - tile.keys
-            text = torch.arange(self.prefix + tile.lowest, self.prefix + tile.last)
+            spare = width - self.front - tile.keys
+            text = torch.arange(tile.keys) + self.prefix + tile.lowest
             keys.append(F.pad(torch.cat([front, text]), (0, spare)))
             seen.append(F.pad(self._seen(tile.first, tile.last, tile.lowest), (0, spare)))
         queries = torch.stack([torch.arange(tile.first, tile.last) for tile in tiles])
@@ -141,14 +150,14 @@ class Layout:
     @cached_property
     def whole(self) -> Tensor:
         """[T, P+T] bool: what each token sees of [prefix; pack]."""
-        return self._seen(0, sum(self.lengths), 0).to(self.device)
+        return self._seen(0, sum(self.lengths), self.common).to(self.device)
 
     def _seen(self, first: int, last: int, lowest: int) -> Tensor:
-        """[queries, P + keys] bool for queries `first` to `last` and the pack's keys from `lowest` on."""
+        """[queries, P+C + keys] bool for queries `first` to `last` and the pack's keys from `lowest` on."""
         place = self.positions[first:last, None]
-        distance = place - torch.cat([torch.arange(self.prefix), self.positions[lowest:last]])
+        distance = place - torch.cat([torch.arange(self.front), self.positions[lowest:last]])
         same = self.document[first:last, None] == self.document[lowest:last]
-        mine = torch.cat([same.new_ones(last - first, self.prefix), same], dim=1)
+        mine = torch.cat([same.new_ones(last - first, self.front), same], dim=1)
         return mine & (distance >= 0) & (distance < (self.window or last + self.prefix))
 
 
@@ -164,7 +173,7 @@ def attend_documents(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of each document to [prefix; itself].
+    """Softmax attention of each document to [prefix; common tokens; itself].
 
     Args:
         query: [H, T, D]; key: [K, T, D]; value: [K, T, Dv].

@@ -1,5 +1,7 @@
 """Several documents in one row: each attends to the prefix and to itself, at positions from P on.
 
+What all documents begin with may be run once: it is the first document then, and the others continue it.
+
 The decoder runs on [1, T] tokens without padding; only attention knows where documents begin, through an
 attention function that is registered with transformers. It needs no mask of T x T and no cache:
 
@@ -54,7 +56,7 @@ class _Pack:
 
 @contextmanager
 def packed(
-    base: nn.Module, pairs: Pairs | None, lengths: Sequence[int]
+    base: nn.Module, pairs: Pairs | None, lengths: Sequence[int], *, common: int = 0
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the block, the callable takes ids [1, T] of documents end to end and gives hidden states [T, d].
 
@@ -63,6 +65,7 @@ def packed(
     Args:
         pairs: (key, value) [K, P, D] of each layer, with gradient or without; None for the bare model.
         lengths: tokens of each document; they sum to T.
+        common: tokens of the first document where all others continue it, so that it is run once for all.
 
     Raises:
         AttachError: another prefix is attached, or prefix and text take more positions than it is exact in.
@@ -74,11 +77,12 @@ def packed(
     length = pairs[0][0].shape[1] if pairs is not None else 0
     device = next(base.parameters()).device
     if pairs is not None and has_values(base):  # an estimate counts rows that a run would refuse
-        refuse_positions(text_config(base), geometry, length + max(lengths))
+        longest = common + max(lengths[1:] if common else lengths)
+        refuse_positions(text_config(base), geometry, length + longest)
     windows = {layer.window for layer in geometry.layers}
-    layouts = {w: Layout(tuple(lengths), length, w, device) for w in windows}
+    layouts = {w: Layout(tuple(lengths), length, w, device, common) for w in windows}
     pack = _Pack(geometry, pairs, layouts, set())
-    positions = torch.cat([torch.arange(length, length + t, device=device) for t in lengths])[None]  # [1, T]
+    positions = next(iter(layouts.values())).positions[None].to(device)  # [1, T]
 
     def hidden(input_ids: Tensor) -> Tensor:
         pack.hits.clear()

@@ -14,7 +14,14 @@ from prefixtune.memory.host import (
     resident,
     return_freed_memory,
 )
-from prefixtune.memory.step import Setup, StepBytes, measure_step, training_step, without_weights
+from prefixtune.memory.step import (
+    Setup,
+    StepBytes,
+    measure_step,
+    pass_tokens,
+    training_step,
+    without_weights,
+)
 from prefixtune.memory.tracker import LiveBytes
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "give_back_freed",
     "measure_step",
     "measured_peak",
+    "pass_tokens",
     "readable",
     "reading_bytes",
     "resident",

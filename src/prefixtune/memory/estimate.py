@@ -87,7 +87,7 @@ class Estimate:
                 "packing": setup.packing,
                 "target_share": round(setup.target_share, 4),
                 "gradient_checkpointing": setup.checkpointing,
-                "eval_tokens_of_a_pass": sum(setup.eval_lengths),
+                "eval_tokens_of_a_pass": setup.eval_tokens,
             },
             "advice": [dataclasses.asdict(advice) for advice in self.advice],
         }
@@ -278,13 +278,21 @@ def _other_result(setup: Setup) -> Iterator[Change]:
 
 
 def _in_passes_of(capacity: int, setup: Setup) -> dict[str, Any]:
-    def cut(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    def cut(lengths: tuple[int, ...], common: int) -> tuple[int, ...]:
         kept = [min(t, capacity) for t in lengths]
-        while len(kept) > 1 and (sum(kept) if setup.packing else len(kept) * max(kept)) > capacity:
+        while len(kept) > 1 and setup.tokens_of(kept, common) > capacity:
             kept.pop()
         return tuple(kept)
 
-    return {"lengths": cut(setup.lengths), "eval_lengths": cut(setup.eval_lengths), "passes": 2}
+    commons = min(setup.common, capacity - 1), min(setup.eval_common, capacity - 1)
+    lengths, eval_lengths = map(cut, (setup.lengths, setup.eval_lengths), commons)
+    return {
+        "lengths": lengths,
+        "eval_lengths": eval_lengths,
+        "common": commons[0],
+        "eval_common": commons[1],
+        "passes": 2,
+    }
 
 
 def _largest(estimate: Estimate) -> str:

@@ -17,7 +17,12 @@ from prefixtune.model import PrefixModel
 from prefixtune.prefix import LayerKV, Prefix, PrefixKV
 from prefixtune.quantize import saved_bytes
 
-__all__ = ["Setup", "StepBytes", "measure_step", "rows_of", "training_step", "without_weights"]
+__all__ = ["Setup", "StepBytes", "measure_step", "pass_tokens", "rows_of", "training_step", "without_weights"]
+
+
+def pass_tokens(lengths: Sequence[int], common: int, *, packing: bool) -> int:
+    """Tokens of a pass of such rows, padding included; a pack holds their common beginning once."""
+    return sum(lengths) - common * (len(lengths) - 1) if packing else len(lengths) * max(lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +34,15 @@ class Setup:
         lengths: tokens of each row in the largest pass through the model.
         packing: the rows of a pass lie end to end; else they are padded to the longest.
         passes: of an optimizer step; from the second on there are gradients beside it.
-        target_share: share of the tokens that are targets.
+        common: tokens that all rows of that pass begin with, which a pack holds once.
+        target_share: share of the other tokens that are targets.
         longest: tokens of the longest row of all.
         row_tokens: tokens of a row on the average.
         checkpointing: activations are recomputed in the backward pass.
         dtype: of the frozen base; the prefix is float32.
         device: where it runs.
         quantize: the scheme that the base's linear weights are held in.
-        eval_lengths: the same of an evaluation's largest pass; empty without one.
+        eval_lengths, eval_common: the same of an evaluation's largest pass; empty without one.
         aims: the rows aim at a teacher's distribution, whose logits are made beside the model's.
         neutral_lengths: tokens of each neutral text of a step, which aims at the bare model's distribution.
     """
@@ -45,6 +51,7 @@ class Setup:
     lengths: tuple[int, ...]
     packing: bool = True
     passes: int = 1
+    common: int = 0
     target_share: float = 1.0
     longest: int = 0
     row_tokens: float = 0.0
@@ -53,28 +60,35 @@ class Setup:
     device: str = "cpu"
     quantize: str | None = None
     eval_lengths: tuple[int, ...] = ()
+    eval_common: int = 0
     aims: bool = False
     neutral_lengths: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Of the largest pass, padding included."""
-        return self._tokens(self.lengths)
+        return self.tokens_of(self.lengths, self.common)
+
+    @property
+    def eval_tokens(self) -> int:
+        """The same of an evaluation's; 0 without one."""
+        return self.tokens_of(self.eval_lengths, self.eval_common) if self.eval_lengths else 0
 
     @property
     def evaluation_may_take_more(self) -> bool:
         """It keeps no activations: a pass that is no larger than training's takes less."""
         if not self.eval_lengths:
             return False
-        return self._tokens(self.eval_lengths) > self.tokens or max(self.eval_lengths) > max(self.lengths)
+        return self.eval_tokens > self.tokens or max(self.eval_lengths) > max(self.lengths)
 
     @property
     def neutral_text_may_take_more(self) -> bool:
         """It has two vocabularies of logits, and activations as any pass."""
-        return bool(self.neutral_lengths) and self._tokens(self.neutral_lengths) * 2 > self.tokens
+        return bool(self.neutral_lengths) and self.tokens_of(self.neutral_lengths) * 2 > self.tokens
 
-    def _tokens(self, lengths: tuple[int, ...]) -> int:
-        return sum(lengths) if self.packing else len(lengths) * max(lengths)
+    def tokens_of(self, lengths: Sequence[int], common: int = 0) -> int:
+        """Of a pass of rows that begin with as many common tokens."""
+        return pass_tokens(lengths, common, packing=self.packing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +120,8 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
     made = [tensor for pair in model.prefix() for tensor in pair]
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in made]
     pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
-    rows = rows_of(setup.lengths, setup, width=model.geometry.hidden_size)
+    width = model.geometry.hidden_size
+    rows = rows_of(setup.lengths, setup, common=setup.common, width=width)
     for leaf in leaves if setup.passes > 1 else ():
         if leaf.requires_grad:
             leaf.grad = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
@@ -128,7 +143,8 @@ def _neutral_step(model: PrefixModel, setup: Setup, pairs: list[tuple[Tensor, Te
 
 def evaluation_step(model: PrefixModel, setup: Setup) -> None:
     """A pass of `prefixtune.evaluate.target_loss`."""
-    rows = rows_of(setup.eval_lengths, setup, width=model.geometry.hidden_size)
+    width = model.geometry.hidden_size
+    rows = rows_of(setup.eval_lengths, setup, common=setup.eval_common, width=width)
     with _passes(model, setup).loss(rows, model.prefix()):
         pass
 
@@ -218,13 +234,19 @@ def _optimizer_with_state(model: PrefixModel) -> torch.optim.Optimizer:
     return optimizer
 
 
-def rows_of(lengths: Sequence[int], setup: Setup, *, width: int = 0) -> list[RowTokens]:
-    """Rows of these lengths, the end of each its target; `width` is the hidden size, for aims."""
+def rows_of(lengths: Sequence[int], setup: Setup, *, common: int = 0, width: int = 0) -> list[RowTokens]:
+    """Rows of these lengths with a common beginning, the end of each its target.
+
+    Args:
+        width: the hidden size, for aims.
+    """
     rows = []
-    for length in lengths:
+    for number, length in enumerate(lengths):
         ids = torch.ones(length, dtype=torch.long)
+        ids[common:] = number % 2  # what differs from row to row is not held once
         labels = ids.clone()
-        labels[: round(length * (1 - setup.target_share))] = -100
+        begin = common + round((length - common) * (1 - setup.target_share))
+        labels[: max(begin, common + 1) if common else begin] = -100
         targets = int((labels[1:] != -100).sum())
         aims = torch.zeros(targets, width, dtype=setup.dtype) if setup.aims else None
         rows.append(RowTokens(ids, labels, aims))

@@ -13,7 +13,7 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import empty_model, load_tokenizer, placement, weight_files
-from prefixtune.loss import PASS_TOKENS, group_rows, pack_rows
+from prefixtune.loss import PASS_TOKENS, common_start, first_target, group_rows, pack_rows
 from prefixtune.memory import (
     Estimate,
     Setup,
@@ -21,6 +21,7 @@ from prefixtune.memory import (
     check_fit,
     estimate,
     measured_peak,
+    pass_tokens,
     readable,
     reading_bytes,
     resident,
@@ -52,53 +53,73 @@ def setup_of(
     """What `prefixtune.memory` has to know of a run; `packing`: whether its rows can be packed."""
     lengths = [len(example.input_ids) for example in examples]
     capacity = max(*lengths, config.packing_length or PASS_TOKENS)
-    passes, several = _passes(lengths, config, capacity, packing=packing)
-
-    def size(rows: Sequence[int], of: Sequence[int]) -> int:
-        taken = [of[row] for row in rows]
-        return sum(taken) if packing else len(taken) * max(taken)
-
-    largest = max(passes, key=lambda rows: size(rows, lengths))
-    eval_lengths = [len(example.input_ids) for example in eval_examples]
-    groups = (pack_rows if packing else group_rows)(eval_lengths, max(capacity, *eval_lengths, 1))
-    eval_largest = max(groups, key=lambda rows: size(rows, eval_lengths), default=[])
+    rows = _Rows(examples, packing=packing)
+    passes, several = _passes(rows, config, capacity)
+    largest = max(passes, key=rows.size)
+    common = rows.common(largest)
+    eval_rows = _Rows(eval_examples, packing=packing)
+    groups = eval_rows.plan(range(len(eval_examples)), max(capacity, *eval_rows.lengths, 1))
+    eval_largest = max(groups, key=eval_rows.size, default=[])
     return Setup(
         prefix=prefix,
         lengths=tuple(lengths[row] for row in largest),
         packing=packing,
         passes=2 if several else 1,
+        common=common,
         target_share=sum(examples[row].target_tokens for row in largest)
-        / sum(lengths[row] for row in largest),
+        / sum(lengths[row] - common for row in largest),
         longest=max(lengths),
         row_tokens=sum(lengths) / len(lengths),
         checkpointing=config.gradient_checkpointing,
         quantize=config.quantize,
         dtype=dtype,
         device=device,
-        eval_lengths=tuple(eval_lengths[row] for row in eval_largest),
+        eval_lengths=tuple(eval_rows.lengths[row] for row in eval_largest),
+        eval_common=eval_rows.common(eval_largest),
         aims=examples[0].aims is not None,
         neutral_lengths=(TOKENS,) * PER_STEP if config.retain else (),
     )
 
 
-def _passes(
-    lengths: Sequence[int], config: TrainConfig, capacity: int, *, packing: bool
-) -> tuple[list[list[int]], bool]:
+class _Rows:
+    """What decides how rows share passes."""
+
+    def __init__(self, examples: Sequence[Example], *, packing: bool) -> None:
+        self.ids = [example.input_ids for example in examples]
+        self.first_targets = [first_target(example.labels) for example in examples]
+        self.lengths, self.packing = [len(ids) for ids in self.ids], packing
+
+    def common(self, rows: Sequence[int]) -> int:
+        if not self.packing:
+            return 0
+        return common_start([self.ids[row] for row in rows], [self.first_targets[row] for row in rows])
+
+    def size(self, rows: Sequence[int]) -> int:
+        return pass_tokens([self.lengths[row] for row in rows], self.common(rows), packing=self.packing)
+
+    def plan(self, rows: Sequence[int], capacity: int) -> list[list[int]]:
+        """As `Passes.plan`, for a model whose rotary never changes."""
+        common = self.common(rows)
+        own = [self.lengths[row] - common for row in rows]
+        groups = (pack_rows if self.packing else group_rows)(own, capacity - common)
+        return [[rows[place] for place in group] for group in groups]
+
+
+def _passes(rows: _Rows, config: TrainConfig, capacity: int) -> tuple[list[list[int]], bool]:
     """Row numbers of each pass of a run on one process, and whether an optimizer step has several.
 
     Where a run is longer than LOOKED_AT batches, it is as its beginning is.
     """
     batch = config.per_device_train_batch_size
     several = config.gradient_accumulation_steps > 1
-    left = min(LOOKED_AT, planned_steps(config, len(lengths)) * config.gradient_accumulation_steps)
-    sampler = LengthGroupedSampler(lengths, 1 if packing else batch, seed=config.seed)
+    left = min(LOOKED_AT, planned_steps(config, len(rows.lengths)) * config.gradient_accumulation_steps)
+    sampler = LengthGroupedSampler(rows.lengths, 1 if rows.packing else batch, seed=config.seed)
     passes: list[list[int]] = []
     while left > 0:
         order = list(sampler)
         for first in range(0, min(len(order), left * batch), batch):
-            rows = order[first : first + batch]
-            groups = (pack_rows if packing else group_rows)([lengths[row] for row in rows], capacity)
-            passes += [[rows[place] for place in group] for group in groups]
+            groups = rows.plan(order[first : first + batch], capacity)
+            passes += groups
             several = several or len(groups) > 1
             left -= 1
         sampler.set_epoch(sampler.epoch + 1)

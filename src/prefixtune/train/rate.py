@@ -127,7 +127,7 @@ class _Rising(PrefixTrainer):
         rows = RowTokens.of_batch(inputs)
         at_start = 0.0
         with torch.no_grad():
-            for group in self.passes.plan([len(row.input_ids) for row in rows]):
+            for group in self.passes.plan(rows):
                 with self.passes.loss([rows[row] for row in group], self.start) as loss:
                     at_start += float(loss)
         found = super().training_step(model, inputs, num_items_in_batch)

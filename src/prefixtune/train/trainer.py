@@ -156,7 +156,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         total = torch.zeros((), device=self.args.device)
-        for group in self.passes.plan([len(row.input_ids) for row in rows]):
+        for group in self.passes.plan(rows):
             with self.passes.loss([rows[row] for row in group], self.step.leaves) as loss:
                 mean = loss / num_items_in_batch
                 mean.backward()  # type: ignore[no-untyped-call]
@@ -175,7 +175,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         processes = self.accelerator.num_processes
         rows = self.retention.rows_of(self.state.global_step * processes + self.accelerator.process_index)
         tokens, total = sum(len(row.input_ids) - 1 for row in rows), 0.0
-        for group in self.passes.plan([len(row.input_ids) for row in rows]):
+        for group in self.passes.plan(rows):
             with self.passes.loss([rows[row] for row in group], step.leaves) as divergence:
                 weighted = self.retention.weight * divergence / (tokens * processes)
                 weighted.backward()  # type: ignore[no-untyped-call]
