@@ -28,7 +28,7 @@ from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import OutOfMemoryError
-from prefixtune.load import LoadedBase, empty_model, load_tokenizer
+from prefixtune.load import LoadedBase, empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.loss import Passes
 from prefixtune.memory import (
     LiveBytes,
@@ -38,6 +38,7 @@ from prefixtune.memory import (
     estimate,
     explain_full_memory,
     measure_step,
+    reading_bytes,
 )
 from prefixtune.memory.host import group_room
 from prefixtune.quantize import QuantizedLinear
@@ -333,6 +334,69 @@ def test_advice_holds_what_it_says() -> None:
     assert min(alone.values()) == alone[list(alone)[-1]]
 
 
+def test_advice_leaves_out_what_a_model_cannot_have() -> None:
+    """Experts are not quantised: a run that does not fit is refused all the same, with what helps."""
+    base = meta_model(tiny_model("mixtral").config)
+    found = estimate(base, setup(), available=1)
+    changes = [item.change for item in found.advice]
+    assert "--gradient-checkpointing" in changes
+    assert not [change for change in changes if "--quantize" in change]
+    with pytest.raises(OutOfMemoryError, match="would need"):
+        check_fit(found, force=False)
+
+
+def test_changes_together_leave_out_packing_where_reading_packed_weights_is_the_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = setup(lengths=(256,) * 8, longest=256)
+    peak = estimate(small(), wide, available=PLENTY).peak
+    monkeypatch.setattr(
+        sys.modules["prefixtune.memory.estimate"],
+        "reading_bytes",
+        lambda *_, quantize, **__: peak - 1 if quantize else 0,
+    )
+    found = estimate(small(), wide, available=1)
+    packed_ = next(item for item in found.advice if item.change == "--quantize int8")
+    assert packed_.while_loading
+    assert "--quantize int8 needs" in found.hint
+    assert found.hint.count("still too much while the weights are read") == 2  # of both schemes
+    last = found.advice[-1]
+    assert last.peak_bytes == min(item.peak_bytes for item in found.advice) < 0.9 * peak
+    assert "--dtype bfloat16" in last.change
+    assert "--quantize" not in last.change
+    assert not last.while_loading
+
+
+def test_changes_together_are_told_where_they_beat_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {torch.float32: (4 * GIB, 3 * GIB), torch.bfloat16: (2 * GIB, 2 * GIB)}
+    monkeypatch.setattr(
+        sys.modules["prefixtune.memory.estimate"],
+        "reading_bytes",
+        lambda base, dtype, *, quantize, **_: sizes[dtype][quantize is not None],
+    )
+    found = estimate(small(), setup(), available=1)
+    assert [item.change for item in found.advice] == [
+        "--dtype bfloat16", "--quantize int8", "--quantize nf4"
+    ]  # fmt: skip
+
+
+def test_sampling_of_neutral_text_is_a_peak_of_its_own_where_steps_are_small() -> None:
+    plain, sampling = (
+        estimate(small(), setup(lengths=(8,), **extra), available=PLENTY, baseline=1000)
+        for extra in ({}, {"neutral_lengths": (64, 64), "sampled_rows": 32})
+    )
+    cache = 32 * 64 * 6 * 2 * 2 * 16 * 4  # rows, tokens, layers, key and value, heads, head dim, bytes
+    logits = 32 * 1000 * 4 * 4  # and three more in float32
+    assert plain.sampling == 0
+    held = 1000 + sampling.step.weights + sampling.step.prefix
+    assert sampling.sampling == held + round(1.15 * (cache + logits))
+    wide = small(num_key_value_heads=4, head_dim=1024, num_hidden_layers=20)
+    found = estimate(wide, setup(lengths=(8,), neutral_lengths=(8,), sampled_rows=3200), available=1)
+    assert found.peak == found.sampling
+    assert "sampling neutral text" in found.summary()
+    assert "--retain 0" in [item.change for item in found.advice]
+
+
 def test_a_run_that_cannot_fit_is_refused_unless_forced() -> None:
     found = estimate(small(), setup(), available=1000)
     with pytest.raises(OutOfMemoryError, match="would need") as refused:
@@ -413,6 +477,44 @@ def test_estimate_command_says_the_parts_and_their_sum(tmp_path: Path) -> None:
     assert facts["assumptions"]["packing"] is True
     assert facts["assumptions"]["tokens_of_a_pass"] == 512
     assert "peak" in call(*line).stdout
+
+
+@pytest.mark.parametrize("limit", ["packing_length", "positions"])
+def test_estimate_refuses_rows_that_train_refuses(tmp_path: Path, limit: str) -> None:
+    folder = write_model(tmp_path)
+    rows = json.loads((folder / "rows.json").read_text())
+    rows[3]["instruction"] = "word " * (40 if limit == "packing_length" else 110)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    line = ["--model", folder / "model", "--data", folder / "rows.json", "--dtype", "float32"]
+    line += ["--max-length", 2000, "--length", 20]
+    line += ["--packing-length", 200] if limit == "packing_length" else []
+    told = call("estimate", *line)
+    refused = call("train", *line, "--output", tmp_path / "run", "--report-to", "none")
+    assert told.exit_code == refused.exit_code == 1
+    assert "rows.json:" in told.stderr
+    assert "error:" in told.stderr
+    found, expected = (text[text.index("error:") :] for text in (told.stderr, refused.stderr))
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_a_file_of_which_little_is_used_does_not_stay_in_memory(tmp_path: Path, family: str) -> None:
+    """transformers merges the matrices of experts; what it takes as it is would keep the file mapped."""
+    path = tmp_path / "model"
+    model = tiny_model(family)
+    model.save_pretrained(path)
+    merged = family == "mixtral"
+    base = load_base(str(path), dtype="float32", device="cpu").model
+    maps = Path("/proc/self/maps").read_text() if sys.platform == "linux" else ""
+    assert (str(path / "model.safetensors") in maps) == (not merged and bool(maps))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(base.state_dict()[name], tensor), name
+    size = (path / "model.safetensors").stat().st_size
+    weights = sum(p.nbytes for p in base.parameters()) + sum(b.nbytes for b in base.buffers())
+    empty, files = empty_model(str(path)), weight_files(str(path))
+    found = reading_bytes(empty, torch.float32, device="cpu", files=files)
+    assert found == weights + (size if merged else 0)
+    assert reading_bytes(empty, torch.bfloat16, device="cpu", files=files) > size
 
 
 def test_a_large_tokenizer_is_no_part_of_the_peak_while_loading(

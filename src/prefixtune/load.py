@@ -23,6 +23,7 @@ from prefixtune.gguf_file import need_gguf, set_special_tokens
 from prefixtune.precision import choose_dtype, device_of
 from prefixtune.progress import note
 from prefixtune.quantize import check_scheme, quantization, quantize_base
+from prefixtune.weights import let_go_of
 
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
@@ -105,6 +106,8 @@ def load_base(
         if quantize is not None:
             quantize_base(model, quantize).to(precision)
             reason += f"; its linear layers in {quantize}"
+        elif place.type == "cpu":
+            let_go_of(model, weight_files(name))
     if unread:  # transformers leaves them out without a word
         note(f"{name}: its config.json has no place for {len(unread)} of its tensors, such as {unread[0]}")
     model.to(place)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefixtune.errors import OutOfMemoryError
+from prefixtune.errors import OutOfMemoryError, PrefixTuneError
+from prefixtune.geometry import Geometry, text_config
 from prefixtune.memory.step import Setup, StepBytes, measure_step
 from prefixtune.memory.stored import loading_bytes
 from prefixtune.quantize import saved_bytes
@@ -27,11 +28,12 @@ SHORTEST = 64  # tokens: rows are not advised to be cut below this
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """One change and the peak that was estimated with it."""
+    """One change and the peak that was estimated with it, which may be that of reading the weights."""
 
     change: str
     peak_bytes: int
     fits: bool
+    while_loading: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Estimate:
         baseline: the process without a model: interpreter, libraries, rows. 0 on CUDA.
         slack: what allocators and libraries hold beyond it. 0 on CUDA.
         loading: the peak while the weights are read, which may be the higher one.
+        sampling: that while the base writes neutral text before the first step; 0 without.
         available: what the process may come to have.
         advice: changes that lower the peak, in the order in which we would try them.
     """
@@ -52,12 +55,13 @@ class Estimate:
     baseline: int
     slack: int
     loading: int
+    sampling: int
     available: int
     advice: tuple[Advice, ...] = ()
 
     @property
     def peak(self) -> int:
-        return max(self.baseline + self.step.total + self.slack, self.loading)
+        return max(self.baseline + self.step.total + self.slack, self.loading, self.sampling)
 
     @property
     def fits(self) -> bool:
@@ -79,6 +83,7 @@ class Estimate:
             "baseline_bytes": self.baseline,
             "slack_bytes": self.slack,
             "loading_peak_bytes": self.loading,
+            "sampling_peak_bytes": self.sampling,
             "device": setup.device,
             "dtype": str(setup.dtype).removeprefix("torch."),
             "assumptions": {
@@ -105,6 +110,7 @@ class Estimate:
             "the process itself": self.baseline,
             "allocators": self.slack,
             "while loading": self.loading if self.loading == self.peak else 0,
+            "sampling neutral text": self.sampling if self.sampling == self.peak else 0,
         }
         dtype = str(setup.dtype).removeprefix("torch.")
         lines = [f"passes of {setup.tokens} tokens in {dtype} on {setup.device}"]
@@ -118,7 +124,9 @@ class Estimate:
     def hint(self) -> str:
         """The advice, a line for each change."""
         lines = [
-            f"{item.change} needs {readable(item.peak_bytes)}{'' if item.fits else ', still too much'}"
+            f"{item.change} needs {readable(item.peak_bytes)}"
+            + ("" if item.fits else ", still too much")
+            + (" while the weights are read" if item.while_loading else "")
             for item in self.advice
         ]
         return "\n".join(lines) or "no option of this run lowers it; take a smaller model"
@@ -158,31 +166,71 @@ def estimate(
         loading = first if on_cpu else 0
         loading += reading_bytes(base, setup.dtype, device=setup.device, quantize=setup.quantize, files=files)
     passing = step.activations + step.logits + step.gradients
+    held = baseline if on_cpu else 0
+    sampled = sampling_bytes(base, setup)
     found = Estimate(
         setup=setup,
         step=step,
-        baseline=baseline if on_cpu else 0,
+        baseline=held,
         slack=round(CPU_SLACK * passing) + CPU_FIRST_STEP if on_cpu else 0,
         loading=loading,
+        sampling=held + step.weights + step.prefix + sampled if sampled else 0,
         available=available,
     )
     if advise is False or (advise is None and found.fits):
         return found
-    better = []
-    for change, other in _changes(setup):
-        peak = estimate(
-            base,
-            other,
-            available=available,
-            baseline=baseline,
-            files=files,
-            while_loading=while_loading,
-            so_far=so_far,
-            advise=False,
-        ).peak
-        if peak < found.peak:
-            better.append(Advice(change=change, peak_bytes=peak, fits=peak <= available))
-    return replace(found, advice=tuple(better))
+
+    def with_changes(*changes: Change) -> Advice | None:
+        """What they bring together; None where it is nothing, or the model cannot have them."""
+        values: dict[str, Any] = {}
+        options: dict[str, str] = {}  # each as it was last
+        for names, changed in changes:
+            values |= changed
+            options |= {name.split()[0]: name for name in names}
+        try:
+            other = estimate(
+                base,
+                replace(setup, **values),
+                available=available,
+                baseline=baseline,
+                files=files,
+                while_loading=while_loading,
+                so_far=so_far,
+                advise=False,
+            )
+        except (PrefixTuneError, ValueError):  # experts are not quantised; not all layers are checkpointed
+            return None
+        if other.peak >= found.peak:
+            return None
+        return Advice(
+            change=" ".join(options.values()),
+            peak_bytes=other.peak,
+            fits=other.fits,
+            while_loading=other.peak == other.loading,
+        )
+
+    helpful = [(change, with_changes(change)) for change in (*_same_result(setup), *_other_result(setup))]
+    alone = [one for _, one in helpful if one is not None]
+    changes = [change for change, one in helpful if one is not None]
+    # packing weights may take more than it saves: whole ones are read before
+    plain = [change for change in changes if "quantize" not in change[1]]
+    together = [with_changes(*some) for some in (changes, plain) if len(some) > 1]
+    lowest = min((one.peak_bytes for one in alone), default=0)
+    better = [one for one in together if one is not None and one.peak_bytes < lowest]
+    best = sorted(better, key=lambda one: one.peak_bytes)[:1]
+    return replace(found, advice=(*alone, *best))
+
+
+def sampling_bytes(base: nn.Module, setup: Setup) -> int:
+    """Bytes beside weights and prefix while the base writes the neutral texts: their keys and values, and
+    logits with the probabilities that a token is drawn by."""
+    if not setup.sampled_rows:
+        return 0
+    numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in Geometry.probe(base).layers)
+    cache = setup.sampled_rows * max(setup.neutral_lengths) * numbers * setup.dtype.itemsize
+    vocabulary: int = text_config(base).vocab_size
+    logits = setup.sampled_rows * vocabulary * (setup.dtype.itemsize + 3 * torch.float32.itemsize)
+    return round((cache + logits) * (1 + (CPU_SLACK if torch.device(setup.device).type == "cpu" else 0)))
 
 
 def reading_bytes(
@@ -213,7 +261,7 @@ def reading_bytes(
         dtype = getattr(base.config, "dtype", None) or dtype
     whole = sum(numbers) * dtype.itemsize + buffers
     packed = 0 if quantize is None else held(dtype)
-    return loading_bytes(files, whole, dtype, largest=max(numbers), packed=packed)
+    return loading_bytes(files, whole, dtype, base=base, largest=max(numbers), packed=packed)
 
 
 def check_fit(estimate: Estimate, *, force: bool) -> None:
@@ -239,19 +287,6 @@ def readable(size: int) -> str:
 Change = tuple[tuple[str, ...], dict[str, Any]]  # options as they are written, and what they set
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Changes to a run, the least painful first; then all at once, each option as it was last."""
-    changes = [*_same_result(setup), *_other_result(setup)]
-    together: dict[str, Any] = {}
-    last: dict[str, str] = {}
-    for options, values in changes:
-        yield " ".join(options), replace(setup, **values)
-        together |= values
-        last |= {option.split()[0]: option for option in options}
-    if len(changes) > 1:
-        yield " ".join(last.values()), replace(setup, **together)
-
-
 def _same_result(setup: Setup) -> Iterator[Change]:
     """Changes that cost time and leave the gradient as it is."""
     if not setup.checkpointing:
@@ -275,6 +310,8 @@ def _other_result(setup: Setup) -> Iterator[Change]:
     if setup.prefix.projection:
         direct = replace(setup.prefix, projection=False, hidden_size=None)
         yield ("--no-projection",), {"prefix": direct}
+    if setup.neutral_lengths:
+        yield ("--retain 0",), {"neutral_lengths": (), "sampled_rows": 0}
 
 
 def _in_passes_of(capacity: int, setup: Setup) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Setup:
         eval_lengths, eval_common: the same of an evaluation's largest pass; empty without one.
         aims: the rows aim at a teacher's distribution, whose logits are made beside the model's.
         neutral_lengths: tokens of each neutral text of a step, which aims at the bare model's distribution.
+        sampled_rows: neutral texts that the base writes at once before the first step.
     """
 
     prefix: PrefixConfig
@@ -63,6 +64,7 @@ class Setup:
     eval_common: int = 0
     aims: bool = False
     neutral_lengths: tuple[int, ...] = ()
+    sampled_rows: int = 0
 
     @property
     def tokens(self) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "default_start",
     "digest",
     "length_for",
+    "packing_length_for",
     "planned_epochs",
     "planned_steps",
     "prefix_config_of",
@@ -196,13 +197,13 @@ def resolve(
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
-        "packing_length": _packing_length(config, examples),
+        "packing_length": packing_length_for(config, examples),
         "rows": digest(examples),
         "processes": processes,
     }
 
 
-def _packing_length(config: TrainConfig, examples: list[Example]) -> int:
+def packing_length_for(config: TrainConfig, examples: list[Example]) -> int:
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = len(longest.input_ids)
     if config.packing_length is not None and needed > config.packing_length:

@@ -12,7 +12,7 @@ from prefixtune.attachment import packs
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
-from prefixtune.load import empty_model, load_tokenizer, placement, weight_files
+from prefixtune.load import LoadedBase, empty_model, load_tokenizer, placement, weight_files
 from prefixtune.loss import PASS_TOKENS, common_start, first_target, group_rows, pack_rows
 from prefixtune.memory import (
     Estimate,
@@ -29,8 +29,15 @@ from prefixtune.memory import (
 )
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
-from prefixtune.train.defaults import AUTO, LONGEST_LENGTH, length_for, planned_steps
-from prefixtune.train.retention import PER_STEP, TOKENS
+from prefixtune.train.defaults import (
+    AUTO,
+    LONGEST_LENGTH,
+    check_lengths,
+    length_for,
+    packing_length_for,
+    planned_steps,
+)
+from prefixtune.train.retention import BATCH, PER_STEP, TOKENS
 from prefixtune.train.sampler import LengthGroupedSampler
 
 __all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
@@ -78,6 +85,7 @@ def setup_of(
         eval_common=eval_rows.common(eval_largest),
         aims=examples[0].aims is not None,
         neutral_lengths=(TOKENS,) * PER_STEP if config.retain else (),
+        sampled_rows=BATCH if config.retain else 0,
     )
 
 
@@ -171,9 +179,14 @@ def forecast_for(
     elif "length" not in sizes:
         sizes["length"] = LONGEST_LENGTH
         note(f"a prefix of {LONGEST_LENGTH} virtual tokens is counted, the most that train takes by itself")
+    prefix = PrefixConfig(**sizes)
+    if found[0]:  # what a run would refuse
+        empty = LoadedBase(model=base, tokenizer=tokenizer, name=model, dtype_reason="")
+        check_lengths(empty, prefix, [*found[0], *found[1]])
+        packing_length_for(config, found[0])
     setup = setup_of(
         config,
-        PrefixConfig(**sizes),
+        prefix,
         found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size,
         found[1],
         packing=config.packing and not packs(base),

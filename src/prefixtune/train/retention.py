@@ -23,7 +23,7 @@ from prefixtune.loss import Passes, RowTokens
 from prefixtune.memory import give_back_freed
 from prefixtune.train.folder import RETENTION
 
-__all__ = ["PER_STEP", "SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
+__all__ = ["BATCH", "PER_STEP", "SHORTEST", "TOKENS", "Retention", "kept_texts", "sample_texts"]
 
 TEXTS, TOKENS = 64, 64
 SHORTEST = 4  # tokens of a text that says anything

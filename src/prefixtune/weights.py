@@ -1,0 +1,55 @@
+"""What files of weights hold, beside what a model makes of them. Knows no tokenizer and no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+__all__ = ["let_go_of", "made_anew", "stored_tensors"]
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+LITTLE = 0.05  # of the weights: what is made anew beside a mapped file, and not worth a copy of the others
+Tensors = set[tuple[tuple[int, ...], torch.dtype | None]]
+
+
+def stored_tensors(files: Sequence[Path]) -> Tensors:
+    """Shape and precision of each tensor in safetensors files; a precision without arithmetic is None."""
+    found: Tensors = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                part = tensors.get_slice(name)
+                found.add((tuple(part.get_shape()), DTYPES.get(part.get_dtype())))
+    return found
+
+
+def made_anew(model: nn.Module, stored: Tensors, dtype: torch.dtype) -> float:
+    """The share of a model's numbers that no file holds as they are in `dtype`.
+
+    The others are pages of the mapped file. transformers merges matrices while it reads them, those of a
+    mixture's experts for one, and what is merged is new memory beside the file.
+    """
+    sizes = [(parameter.numel(), tuple(parameter.shape)) for parameter in model.parameters()]
+    new = sum(size for size, shape in sizes if (shape, dtype) not in stored)
+    return new / max(1, sum(size for size, _ in sizes))
+
+
+def let_go_of(model: nn.Module, files: Sequence[Path]) -> None:
+    """Copy what a model on the CPU has of mapped files, where most of these is mapped for nothing.
+
+    A file stays in memory as a whole while one tensor of it is used. Nothing is done where all tensors are
+    used as they are, or none.
+    """
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return
+    stored = stored_tensors(files)
+    dtype = next(model.parameters()).dtype
+    if not LITTLE < made_anew(model, stored, dtype) < 1:
+        return
+    for parameter in model.parameters():
+        if (tuple(parameter.shape), parameter.dtype) in stored:
+            parameter.data = parameter.data.clone()
