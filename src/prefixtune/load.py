@@ -107,7 +107,7 @@ def load_base(
             quantize_base(model, quantize).to(precision)
             reason += f"; its linear layers in {quantize}"
         elif place.type == "cpu":
-            let_go_of(model, weight_files(name))
+            let_go_of(model, _weight_files(source))
     if unread:  # transformers leaves them out without a word
         note(f"{name}: its config.json has no place for {len(unread)} of its tensors, such as {unread[0]}")
     model.to(place)
@@ -163,9 +163,10 @@ def placement(dtype: str = "auto", device: str | None = None) -> tuple[torch.dty
 def weight_files(name: str) -> list[Path]:
     """The files that hold the weights of the model called `name`; none for a config.json or a hub name."""
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".json":
-        return []
-    source = _find(name)
+    return [] if path.is_file() and path.suffix == ".json" else _weight_files(_find(name))
+
+
+def _weight_files(source: _Source) -> list[Path]:
     if source.on_hub:
         return []
     pattern = source.gguf_file or "model*.safetensors"  # a folder may hold consolidated.safetensors too
