@@ -546,6 +546,15 @@ def test_tables_say_the_same_in_any_order() -> None:
         ]
 
 
+def test_a_length_of_auto_is_the_default() -> None:
+    tables = {"prefix": {"length": "auto"}, "short": {"of": "prefix", "length": 9}}
+    tables["as-ever"] = {"of": "short", "length": "auto"}
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("prefix", "as-ever")}, settings=tables)
+    plain = plan_of({"train": "t", "eval": "e", "methods": ("prefix",)})
+    assert [dict(method.options) for method in plan.methods] == [{}, {}]
+    assert plan.cell_key(plan.cells[0], "rows") == plain.cell_key(plain.cells[0], "rows")
+
+
 def test_list_as_json_has_the_methods_and_settings_that_are_listed() -> None:
     found = json.loads(invoke("compare", "--list", "--json").stdout)
     listed = [line.partition(":")[0] for line in invoke("compare", "--list").stdout.splitlines()]

@@ -203,7 +203,10 @@ def _changed(name: str, changes: Mapping[str, Mapping[str, Any]], after: tuple[s
         method = METHODS[start]
     else:
         raise _unknown(start, {**METHODS, **changes})
-    return Method(name=name, of=method.of, options={**method.options, **values})
+    options = {**method.options, **values}
+    if method.of == "prefix" and options.get("length") == "auto":  # as train has it: what is not given
+        del options["length"]
+    return Method(name=name, of=method.of, options=options)
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> ConfigError:
