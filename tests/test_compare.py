@@ -608,6 +608,17 @@ def test_a_wrong_plan_is_told_before_any_work(values: Any, settings: Any, words:
     assert words in str(told.value)
 
 
+def test_a_misspelt_table_is_told_as_one_and_not_offered_itself() -> None:
+    with pytest.raises(ConfigError) as told:
+        plan_of({"train": "t", "eval": "e"}, settings={"lroa": {"rank": 8}})
+    assert told.value.message == "settings.lroa: there is no method 'lroa'"
+    assert told.value.hint == "did you mean lora?"
+    with pytest.raises(ConfigError, match=r"^settings\.lora: of: there is no method 'loar'"):
+        plan_of({"train": "t", "eval": "e"}, settings={"lora": {"of": "loar"}})
+    with pytest.raises(ConfigError, match=r"^methods: there is no method 'loar'"):
+        plan_of({"train": "t", "eval": "e", "methods": ("loar",)})
+
+
 def test_spread_is_mean_and_sample_deviation() -> None:
     values = [1.0, 2.0, 4.0]
     assert spread(values) == {"mean": statistics.fmean(values), "std": statistics.stdev(values)}

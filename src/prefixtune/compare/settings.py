@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +182,7 @@ def methods_of(names: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]])
     found = []
     for name in names:
         if name not in known:
-            raise _unknown(name, known)
+            raise _unknown(name, known, where="methods")
         if names.count(name) > 1:
             raise ConfigError(f"methods: {name} is named twice")
         found.append(known[name])
@@ -202,14 +202,15 @@ def _changed(name: str, changes: Mapping[str, Mapping[str, Any]], after: tuple[s
     elif start in METHODS:
         method = METHODS[start]
     else:
-        raise _unknown(start, {**METHODS, **changes})
+        where = f"settings.{name}" if start == name else f"settings.{name}: of"
+        raise _unknown(start, [one for one in {**METHODS, **changes} if one != name], where=where)
     options = {**method.options, **values}
     if method.of == "prefix" and options.get("length") == "auto":  # as train has it: what is not given
         del options["length"]
     return Method(name=name, of=method.of, options=options)
 
 
-def _unknown(name: str, known: Mapping[str, Any]) -> ConfigError:
+def _unknown(name: str, known: Iterable[str], *, where: str) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-    return ConfigError(f"methods: there is no method {name!r}", hint=hint)
+    return ConfigError(f"{where}: there is no method {name!r}", hint=hint)
