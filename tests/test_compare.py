@@ -212,6 +212,20 @@ def test_answers_of_each_method_multiply_the_head_once(of: str, model: Path, tmp
     assert "aten::bmm" not in seen.names
 
 
+def test_a_cell_says_what_all_settings_came_to(measured: Measured) -> None:
+    resolved = {name: cell["resolved"] for name, cell in measured.cells.items()}
+    shared = {"warmup_ratio": 0.06, "lr_scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0}
+    for name in TRAINED:
+        assert resolved[name].items() >= shared.items(), name
+    ours = {name: resolved[name] for name in ("prefix", "prefix+projection")}
+    assert {name: (one["retain"], one["token_damping"]) for name, one in ours.items()} == {
+        "prefix": (0.1, 0.5),  # of so few steps
+        "prefix+projection": (0.1, 0.0),
+    }
+    for name in ("lora", "lora-all-linear"):
+        assert resolved[name]["alpha"] == 2 * resolved[name]["rank"]
+
+
 def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Measured) -> None:
     counts = {name: cell["trainable_parameters"] for name, cell in measured.cells.items()}
     per_token = 2 * 2 * 2 * 8  # layers, keys and values, heads, head size

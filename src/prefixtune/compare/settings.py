@@ -15,7 +15,7 @@ from typing import Any
 from prefixtune.config import PrefixConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
 
-__all__ = ["KINDS", "METHODS", "Method", "PeerConfig", "methods_of", "naming"]
+__all__ = ["ALL_PEERS", "KINDS", "METHODS", "Method", "PeerConfig", "methods_of", "naming"]
 
 UNTRAINED = ("base", "prompt")
 PEERS = ("full", "lora", "prompt-tuning", "p-tuning", "peft-prefix")
