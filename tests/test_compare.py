@@ -259,7 +259,7 @@ def test_all_are_as_long_as_a_prefix_that_an_evaluation_row_leaves_few_positions
         return str(tmp_path / name)
 
     values = {"methods": ("prefix", "peft-prefix", "prompt-tuning", "p-tuning", "lora")}
-    values |= {"max_steps": 1, "forgetting": False, "settings": {"prefix": {"retain": 0.0}}}
+    values |= {"max_steps": 1, "forgetting": False, "settings": {"prefix": {"retain": 0.0}}, "eval_rows": 1}
     model = make_model(tmp_path, "gpt2")
     values |= {"train": write("train.json", 10), "eval": write("eval.json", 104)}  # 120 of 128 positions
     (tmp_path / "cells").mkdir()
@@ -273,7 +273,7 @@ def test_lora_trains_where_rows_leave_a_prefix_no_positions(tmp_path: Path) -> N
     model = make_model(tmp_path, "gpt2")
     row = {"instruction": "Count", "input": "1", "output": "q" * 110}  # 126 of 128 positions
     (tmp_path / "rows.json").write_text(json.dumps([row] * ROWS), encoding="utf-8")
-    plan = make_plan(model, methods=("lora",), max_steps=1, forgetting=False, settings={})
+    plan = make_plan(model, methods=("lora",), max_steps=1, eval_rows=1, forgetting=False, settings={})
     (tmp_path / "cells").mkdir()
     assert sizes(plan, tmp_path / "cells")["lora"][0] > 0
 
@@ -834,13 +834,30 @@ def test_rows_that_are_dropped_do_not_count_among_the_rows_to_train_on(model: Pa
         make_rows(plan)
 
 
+def test_more_evaluation_inputs_than_there_are_is_told_and_the_default_takes_what_there_is(
+    model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"rows.json: expected 6 inputs to measure on; got 5"):
+        make_rows(make_plan(model, eval_rows=6, forgetting=False))
+    plan = make_plan(model, eval_rows=None, methods=("base",), forgetting=False)
+    rows = make_rows(plan)
+    assert len(rows.questions) == INPUTS
+    assert len(make_rows(make_plan(model, eval_rows=5, forgetting=False)).questions) == INPUTS
+    hundred = make_plan(model, eval_rows=100, methods=("base",), forgetting=False)
+    assert hundred.data_key() == plan.data_key()  # as before there was a difference
+    rows.write(tmp_path / "data.json", key=plan.data_key())
+    with pytest.raises(DataError, match="expected 100 inputs"):
+        compare(hundred, tmp_path)
+
+
 def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: Path) -> None:
     model = make_model(tmp_path, "gpt2")  # of 128 positions
 
     def make(letters: int, *methods: str, **values: Any) -> Rows:
         file = tmp_path / "eval.json"
         file.write_text(json.dumps([{"instruction": "i" * letters, "input": "", "output": "a"}]))
-        plan = make_plan(model, eval=str(file), methods=methods, forgetting=False, **values)
+        values |= {"eval": str(file), "eval_rows": 1}
+        plan = make_plan(model, methods=methods, forgetting=False, **values)
         return make_rows(plan)
 
     def refused(*args: Any, **values: Any) -> str:
@@ -875,7 +892,7 @@ def test_an_evaluation_row_beyond_the_change_of_the_rotary_is_told_where_a_prefi
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     file = tmp_path / "eval.json"
     file.write_text(json.dumps([{"instruction": "i" * 60, "input": "", "output": "a"}]))
-    plan = {"eval": str(file), "forgetting": False}
+    plan = {"eval": str(file), "eval_rows": 1, "forgetting": False}
     make_rows(make_plan(model, methods=("base", "lora", "prompt-tuning"), **plan))
     with pytest.raises(
         DataError, match=r"eval.json:1: \d+ tokens after a prefix of .* into the 64 positions"

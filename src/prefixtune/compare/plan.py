@@ -29,6 +29,7 @@ FOLLOWED = {
 }
 LAYOUT = 2  # of data.json: a file of another is made anew
 NOT_CONFIG = ("output", "data", "settings")  # of a file, beside the options of CompareConfig
+EVAL_ROWS = 100  # inputs that are measured on unless it is said, or as many as there are
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
 
 
@@ -42,7 +43,9 @@ class CompareConfig(_Config):
     methods: tuple[str, ...] = option(DEFAULT_METHODS, "what is compared, with commas between the names")
     metrics: tuple[str, ...] = option((), "task metrics of generated answers, see prefixtune.metrics")
     train_rows: tuple[int, ...] = option((), "train on the first so many rows; several numbers are compared")
-    eval_rows: int = option(100, "measure on the first so many inputs, with all their references")
+    eval_rows: int | None = option(
+        None, "measure on the first so many inputs, with all their references; up to 100 unless given"
+    )
     seeds: int = option(3, "train with the seeds 1 to this number")
     num_train_epochs: float | None = option(None, "passes over the training rows; as in train unless given")
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
@@ -156,7 +159,7 @@ class Plan:
             "packages": versions(("prefixtune", "torch", "transformers", "tokenizers")),
             "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],
-            "rows": [max(config.train_rows, default=None), config.eval_rows],  # type: ignore[type-var]
+            "rows": [max(config.train_rows, default=None), config.eval_rows or EVAL_ROWS],  # type: ignore[type-var]
             "data": self.data.to_dict(),
             "dtype": config.dtype,
             "forgetting": config.forgetting,

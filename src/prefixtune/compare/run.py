@@ -83,7 +83,7 @@ def _rows(plan: Plan, output: Path) -> Rows:
     """The rows of an earlier run of the same plan, or new ones, made in a process of their own."""
     path = output / DATA
     rows = Rows.read(path, key=plan.data_key())
-    if rows is None:
+    if rows is None or len(rows.questions) < (plan.config.eval_rows or 0):  # the child tells that
         sampled = ", sampling neutral text" if plan.config.forgetting else ""
         with progress_bar(f"reading the rows{sampled}, timing the model", total=1):
             failure = _child(plan, output, name="rows", result=path, cell=None)
