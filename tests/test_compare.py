@@ -850,6 +850,20 @@ def test_more_evaluation_inputs_than_there_are_is_told_and_the_default_takes_wha
         compare(hundred, tmp_path)
 
 
+def test_evaluation_rows_that_are_trained_on_are_counted(measured: Measured, folder: Folder) -> None:
+    rows = measured.rows
+    assert rows.trained_on() == (6, 6)  # one file
+    assert replace(rows, train=rows.train[:6]).trained_on() == (4, 6)  # of its rows 0, 5, 1, 6, 2 and 7
+    other = replace(rows.train[0], labels=(*rows.train[0].labels[:-1], 0))  # the same prompt, another target
+    assert replace(rows, train=(other,)).trained_on() == (0, 6)
+    chat = (rows.train[0], replace(rows.train[1], part=1))  # whose first turn alone is that of a row
+    assert replace(rows, train=chat, eval=(rows.train[0],)).trained_on() == (0, 1)
+    assert replace(rows, train=chat, eval=chat).trained_on() == (1, 1)
+    told = "evaluation: 4 of 4 rows are training rows too (identical prompt and target)"
+    assert told in " ".join(folder.first.stderr.split())
+    assert json.loads(folder.first.stdout)["data"]["evaluation_rows_trained_on"] == 4
+
+
 def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: Path) -> None:
     model = make_model(tmp_path, "gpt2")  # of 128 positions
 
