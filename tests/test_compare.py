@@ -212,6 +212,20 @@ def test_answers_of_each_method_multiply_the_head_once(of: str, model: Path, tmp
     assert "aten::bmm" not in seen.names
 
 
+def test_a_cell_says_what_all_settings_came_to(measured: Measured) -> None:
+    resolved = {name: cell["resolved"] for name, cell in measured.cells.items()}
+    shared = {"warmup_ratio": 0.06, "lr_scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0}
+    for name in TRAINED:
+        assert resolved[name].items() >= shared.items(), name
+    ours = {name: resolved[name] for name in ("prefix", "prefix+projection")}
+    assert {name: (one["retain"], one["token_damping"]) for name, one in ours.items()} == {
+        "prefix": (0.1, 0.5),  # of so few steps
+        "prefix+projection": (0.1, 0.0),
+    }
+    for name in ("lora", "lora-all-linear"):
+        assert resolved[name]["alpha"] == 2 * resolved[name]["rank"]
+
+
 def test_lora_and_pefts_prefix_train_as_many_numbers_as_the_prefix(measured: Measured) -> None:
     counts = {name: cell["trainable_parameters"] for name, cell in measured.cells.items()}
     per_token = 2 * 2 * 2 * 8  # layers, keys and values, heads, head size
@@ -245,7 +259,7 @@ def test_all_are_as_long_as_a_prefix_that_an_evaluation_row_leaves_few_positions
         return str(tmp_path / name)
 
     values = {"methods": ("prefix", "peft-prefix", "prompt-tuning", "p-tuning", "lora")}
-    values |= {"max_steps": 1, "forgetting": False, "settings": {"prefix": {"retain": 0.0}}}
+    values |= {"max_steps": 1, "forgetting": False, "settings": {"prefix": {"retain": 0.0}}, "eval_rows": 1}
     model = make_model(tmp_path, "gpt2")
     values |= {"train": write("train.json", 10), "eval": write("eval.json", 104)}  # 120 of 128 positions
     (tmp_path / "cells").mkdir()
@@ -259,7 +273,7 @@ def test_lora_trains_where_rows_leave_a_prefix_no_positions(tmp_path: Path) -> N
     model = make_model(tmp_path, "gpt2")
     row = {"instruction": "Count", "input": "1", "output": "q" * 110}  # 126 of 128 positions
     (tmp_path / "rows.json").write_text(json.dumps([row] * ROWS), encoding="utf-8")
-    plan = make_plan(model, methods=("lora",), max_steps=1, forgetting=False, settings={})
+    plan = make_plan(model, methods=("lora",), max_steps=1, eval_rows=1, forgetting=False, settings={})
     (tmp_path / "cells").mkdir()
     assert sizes(plan, tmp_path / "cells")["lora"][0] > 0
 
@@ -546,6 +560,15 @@ def test_tables_say_the_same_in_any_order() -> None:
         ]
 
 
+def test_a_length_of_auto_is_the_default() -> None:
+    tables = {"prefix": {"length": "auto"}, "short": {"of": "prefix", "length": 9}}
+    tables["as-ever"] = {"of": "short", "length": "auto"}
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("prefix", "as-ever")}, settings=tables)
+    plain = plan_of({"train": "t", "eval": "e", "methods": ("prefix",)})
+    assert [dict(method.options) for method in plan.methods] == [{}, {}]
+    assert plan.cell_key(plan.cells[0], "rows") == plain.cell_key(plain.cells[0], "rows")
+
+
 def test_list_as_json_has_the_methods_and_settings_that_are_listed() -> None:
     found = json.loads(invoke("compare", "--list", "--json").stdout)
     listed = [line.partition(":")[0] for line in invoke("compare", "--list").stdout.splitlines()]
@@ -558,9 +581,28 @@ def test_list_as_json_has_the_methods_and_settings_that_are_listed() -> None:
     ("line", "words"),
     [
         ("output = 5", "x.toml: output: expected the name of a folder; got 5"),
-        ("[data]\nfield = 'input=mr'", "unknown option field hint: the options are"),
-        ("[data]\nlimit = 5", "limit: a comparison has no such option; got 5 hint: train_rows and eval_rows"),
-        ("methods = 5", "methods: expected names; got 5"),
+        ("[data]\nfield = 'input=mr'", "x.toml: data: unknown option field hint: the options are"),
+        ("[data]\nmax_length = '9'", "x.toml: data: max_length: expected int; got '9'"),
+        (
+            "[data]\nlimit = 5",
+            "x.toml: data: limit: a comparison has no such option; got 5 hint: train_rows and eval_rows",
+        ),
+        ("methods = 5", "x.toml: methods: expected names; got 5"),
+        ("seeds = '3'", "x.toml: seeds: expected int; got '3'"),
+        ("sedes = 3", "x.toml: unknown option sedes hint: the options are model, "),
+        ("sedes = 3", "dtype, output, data, settings"),
+        ("settings = {lora = 1}", "x.toml: settings.lora: expected a table [settings.lora]; got 1"),
+        ("[settings.lora]\nrank = '8'", "x.toml: settings.lora: rank: expected int or nothing; got '8'"),
+        (
+            "[settings.lora]\nranks = 8",
+            "x.toml: settings.lora: lora has no setting ranks hint: it has alpha, ",
+        ),
+        ("[settings.prefix]\nretain = 'no'", "x.toml: settings.prefix: retain: expected float; got 'no'"),
+        ("[settings.a]\nof = ['lora']", "x.toml: settings.a: of: expected the name of a method; got"),
+        (
+            "[settings.lroa]\nrank = 8",
+            "x.toml: settings.lroa: there is no method 'lroa' hint: did you mean lora?",
+        ),
         ("methods = {lora = 1}", "methods: expected names; got {'lora': 1}"),
         ("train_rows = 5.5", "train_rows: expected whole numbers above 0; got 5.5"),
         ("train_rows = true", "train_rows: expected whole numbers above 0; got (True,)"),
@@ -597,6 +639,17 @@ def test_a_wrong_plan_is_told_before_any_work(values: Any, settings: Any, words:
     with pytest.raises(ConfigError) as told:
         plan_of({"train": "t", "eval": "e", **values}, settings=settings)
     assert words in str(told.value)
+
+
+def test_a_misspelt_table_is_told_as_one_and_not_offered_itself() -> None:
+    with pytest.raises(ConfigError) as told:
+        plan_of({"train": "t", "eval": "e"}, settings={"lroa": {"rank": 8}})
+    assert told.value.message == "settings.lroa: there is no method 'lroa'"
+    assert told.value.hint == "did you mean lora?"
+    with pytest.raises(ConfigError, match=r"^settings\.lora: of: there is no method 'loar'"):
+        plan_of({"train": "t", "eval": "e"}, settings={"lora": {"of": "loar"}})
+    with pytest.raises(ConfigError, match=r"^methods: there is no method 'loar'"):
+        plan_of({"train": "t", "eval": "e", "methods": ("loar",)})
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
@@ -781,13 +834,44 @@ def test_rows_that_are_dropped_do_not_count_among_the_rows_to_train_on(model: Pa
         make_rows(plan)
 
 
+def test_more_evaluation_inputs_than_there_are_is_told_and_the_default_takes_what_there_is(
+    model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"rows.json: expected 6 inputs to measure on; got 5"):
+        make_rows(make_plan(model, eval_rows=6, forgetting=False))
+    plan = make_plan(model, eval_rows=None, methods=("base",), forgetting=False)
+    rows = make_rows(plan)
+    assert len(rows.questions) == INPUTS
+    assert len(make_rows(make_plan(model, eval_rows=5, forgetting=False)).questions) == INPUTS
+    hundred = make_plan(model, eval_rows=100, methods=("base",), forgetting=False)
+    assert hundred.data_key() == plan.data_key()  # as before there was a difference
+    rows.write(tmp_path / "data.json", key=plan.data_key())
+    with pytest.raises(DataError, match="expected 100 inputs"):
+        compare(hundred, tmp_path)
+
+
+def test_evaluation_rows_that_are_trained_on_are_counted(measured: Measured, folder: Folder) -> None:
+    rows = measured.rows
+    assert rows.trained_on() == (6, 6)  # one file
+    assert replace(rows, train=rows.train[:6]).trained_on() == (4, 6)  # of its rows 0, 5, 1, 6, 2 and 7
+    other = replace(rows.train[0], labels=(*rows.train[0].labels[:-1], 0))  # the same prompt, another target
+    assert replace(rows, train=(other,)).trained_on() == (0, 6)
+    chat = (rows.train[0], replace(rows.train[1], part=1))  # whose first turn alone is that of a row
+    assert replace(rows, train=chat, eval=(rows.train[0],)).trained_on() == (0, 1)
+    assert replace(rows, train=chat, eval=chat).trained_on() == (1, 1)
+    told = "evaluation: 4 of 4 rows are training rows too (identical prompt and target)"
+    assert told in " ".join(folder.first.stderr.split())
+    assert json.loads(folder.first.stdout)["data"]["evaluation_rows_trained_on"] == 4
+
+
 def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: Path) -> None:
     model = make_model(tmp_path, "gpt2")  # of 128 positions
 
     def make(letters: int, *methods: str, **values: Any) -> Rows:
         file = tmp_path / "eval.json"
         file.write_text(json.dumps([{"instruction": "i" * letters, "input": "", "output": "a"}]))
-        plan = make_plan(model, eval=str(file), methods=methods, forgetting=False, **values)
+        values |= {"eval": str(file), "eval_rows": 1}
+        plan = make_plan(model, methods=methods, forgetting=False, **values)
         return make_rows(plan)
 
     def refused(*args: Any, **values: Any) -> str:
@@ -822,7 +906,7 @@ def test_an_evaluation_row_beyond_the_change_of_the_rotary_is_told_where_a_prefi
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     file = tmp_path / "eval.json"
     file.write_text(json.dumps([{"instruction": "i" * 60, "input": "", "output": "a"}]))
-    plan = {"eval": str(file), "forgetting": False}
+    plan = {"eval": str(file), "eval_rows": 1, "forgetting": False}
     make_rows(make_plan(model, methods=("base", "lora", "prompt-tuning"), **plan))
     with pytest.raises(
         DataError, match=r"eval.json:1: \d+ tokens after a prefix of .* into the 64 positions"

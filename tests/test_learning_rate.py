@@ -64,6 +64,29 @@ def test_a_test_that_ended_early_has_the_rates_that_it_came_to() -> None:
     assert found.suggested == 1.0
 
 
+@pytest.mark.parametrize(
+    ("gains", "falling"),
+    [
+        ([0.0, -1.0, -2.0, -3.0], True),
+        ([0.0, -3.0, -2.0, 5.0], False),
+        ([0.0, -1.0, -2.0, math.nan], False),  # it diverged
+    ],
+)
+def test_a_loss_that_fell_up_to_the_highest_rate_is_seen(gains: list[float], falling: bool) -> None:
+    assert read([1.0, 2.0, 3.0, 4.0], gains).still_falling == falling
+
+
+@pytest.mark.parametrize(("above", "falling"), [(BELOW * 2, True), (ABOVE * 100, False)])
+def test_a_range_without_an_optimum_is_told(
+    above: float, falling: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.train.rate.ABOVE", above)
+    result = train(place, tmp_path / "run", "--find-learning-rate")
+    assert result.exit_code == 0, result.stderr
+    told = "the loss was still falling at the highest rate" in " ".join(result.stderr.split())
+    assert told == falling
+
+
 def test_run_trains_with_the_rate_that_it_found_and_keeps_the_curve(place: Path, tmp_path: Path) -> None:
     result = train(place, tmp_path / "run", "--find-learning-rate")
     assert result.exit_code == 0, result.stderr

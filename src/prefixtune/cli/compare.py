@@ -47,7 +47,9 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 @click.option("--methods", type=Names(), help="names with commas between them; see --list")
 @click.option("--metric", "metrics", type=Names(), multiple=True, help="bleu, rougeL, …; repeatable")
 @click.option("--train-rows", type=Names(whole=True), help="the first so many rows; or several numbers")
-@click.option("--eval-rows", type=click.IntRange(min=1), help="the first so many inputs  [default: 100]")
+@click.option(
+    "--eval-rows", type=click.IntRange(min=1), help="the first so many inputs  [default: up to 100]"
+)
 @click.option("--seeds", type=click.IntRange(min=1), help="how many seeds  [default: 3]")
 @click.option("--num-train-epochs", type=float, help="passes over the training rows, for all methods")
 @click.option("--max-steps", type=click.IntRange(min=1), help="optimizer steps, for all methods")

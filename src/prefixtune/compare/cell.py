@@ -19,6 +19,7 @@ from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
 from prefixtune.compare.scoring import score_answers, write_answers
+from prefixtune.compare.settings import ALL_PEERS
 from prefixtune.config import PrefixConfig, TrainConfig
 from prefixtune.data import Example, added_tokens
 from prefixtune.errors import DataError, RunError
@@ -180,8 +181,9 @@ def _ours(
         trained_tokens=tokens,
         resolved={
             "steps": resolved["steps"],
-            "learning_rate": resolved["learning_rate"],
             "batch": config.per_device_train_batch_size,
+            **{name: getattr(config, name) for name in (*ALL_PEERS, "retain")},
+            **{name: resolved[name] for name in ("learning_rate", "token_damping")},
             **came_to,
         },
         losses=_losses(trainer),
@@ -264,7 +266,7 @@ def _rank(model: Any) -> dict[str, Any]:
     """What the sizes that were left open came to."""
     found: dict[str, Any] = {}
     for config in getattr(model, "peft_config", {}).values():
-        names = {"rank": "r", "length": "num_virtual_tokens"}
+        names = {"rank": "r", "alpha": "lora_alpha", "length": "num_virtual_tokens"}
         found |= {name: getattr(config, field) for name, field in names.items() if hasattr(config, field)}
     return found
 

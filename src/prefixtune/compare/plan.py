@@ -10,13 +10,13 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from prefixtune.compare.machine import versions
-from prefixtune.compare.settings import Method, methods_of
+from prefixtune.compare.settings import Method, methods_of, naming
 from prefixtune.config import DataConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
 
@@ -28,6 +28,8 @@ FOLLOWED = {
     **dict.fromkeys(("prompt-tuning", "p-tuning", "peft-prefix", "prefix"), ("length",)),
 }
 LAYOUT = 2  # of data.json: a file of another is made anew
+NOT_CONFIG = ("output", "data", "settings")  # of a file, beside the options of CompareConfig
+EVAL_ROWS = 100  # inputs that are measured on unless it is said, or as many as there are
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
 
 
@@ -41,7 +43,9 @@ class CompareConfig(_Config):
     methods: tuple[str, ...] = option(DEFAULT_METHODS, "what is compared, with commas between the names")
     metrics: tuple[str, ...] = option((), "task metrics of generated answers, see prefixtune.metrics")
     train_rows: tuple[int, ...] = option((), "train on the first so many rows; several numbers are compared")
-    eval_rows: int = option(100, "measure on the first so many inputs, with all their references")
+    eval_rows: int | None = option(
+        None, "measure on the first so many inputs, with all their references; up to 100 unless given"
+    )
     seeds: int = option(3, "train with the seeds 1 to this number")
     num_train_epochs: float | None = option(None, "passes over the training rows; as in train unless given")
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
@@ -155,7 +159,7 @@ class Plan:
             "packages": versions(("prefixtune", "torch", "transformers", "tokenizers")),
             "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],
-            "rows": [max(config.train_rows, default=None), config.eval_rows],  # type: ignore[type-var]
+            "rows": [max(config.train_rows, default=None), config.eval_rows or EVAL_ROWS],  # type: ignore[type-var]
             "data": self.data.to_dict(),
             "dtype": config.dtype,
             "forgetting": config.forgetting,
@@ -231,7 +235,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """The tables of an experiment's TOML file: options of CompareConfig, [data], [settings.METHOD], output.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or an option in it is unknown or has a wrong value.
     """
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -246,6 +250,19 @@ def read_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {name}: expected a table [{name}]")
     if not isinstance(table.get("output", ""), str):
         raise ConfigError(f"{path}: output: expected the name of a folder; got {table['output']!r}")
+    values = {name: value for name, value in table.items() if name not in NOT_CONFIG}
+    known = [knob.name for knob in fields(CompareConfig)]
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"{path}: unknown option {', '.join(unknown)}",
+            hint=f"the options are {', '.join([*known, *NOT_CONFIG])}",
+        )
+    with naming(str(path)):
+        CompareConfig.of(values)
+        with naming("data"):
+            _data_config(table.get("data", {}))
+        methods_of((), table.get("settings", {}))
     return table
 
 
@@ -265,19 +282,20 @@ def plan_of(
         if getattr(config, name) is None:
             raise ConfigError(f"there are no rows to {name} on", hint=f"name them with --{name}")
     changes = settings or {}
-    for name, table in changes.items():
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"settings: expected a table [settings.{name}]; got {table!r}")
     methods = methods_of(config.methods, changes)
-    rows = DataConfig.from_dict(data or {})
-    if rows.limit is not None:
-        raise ConfigError(
-            f"data: limit: a comparison has no such option; got {rows.limit}",
-            hint="train_rows and eval_rows say how many rows are trained and measured on",
-        )
-    plan = Plan(config=config, data=rows, methods=methods, changes=changes)
+    plan = Plan(config=config, data=_data_config(data or {}), methods=methods, changes=changes)
     _check_names(plan.cells)
     return plan
+
+
+def _data_config(values: Mapping[str, Any]) -> DataConfig:
+    data = DataConfig.from_dict(values)
+    if data.limit is not None:
+        raise ConfigError(
+            f"limit: a comparison has no such option; got {data.limit}",
+            hint="train_rows and eval_rows say how many rows are trained and measured on",
+        )
+    return data
 
 
 def _check_names(cells: Sequence[Cell]) -> None:

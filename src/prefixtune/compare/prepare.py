@@ -10,7 +10,7 @@ from typing import Any
 from prefixtune.attachment import position_limit
 from prefixtune.compare.cell import answer_limit
 from prefixtune.compare.machine import describe_machine
-from prefixtune.compare.plan import Plan, digest
+from prefixtune.compare.plan import EVAL_ROWS, Plan, digest
 from prefixtune.compare.rows import Question, Rows, first_rows
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
@@ -54,7 +54,12 @@ def make_rows(plan: Plan) -> Rows:
             f"{len(read):,} there are {kept:,}",
             hint="take the others out of the file, or ask for fewer train_rows",
         )
-    questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows)
+    questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows or EVAL_ROWS)
+    if config.eval_rows and len(questions) < config.eval_rows:
+        raise DataError(
+            f"{config.eval}: expected {config.eval_rows:,} inputs to measure on; got {len(questions):,}",
+            hint="rows with one input count once; ask for fewer eval_rows",
+        )
     examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
     note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
     check_ids(base.model, (example.input_ids for example in [*train, *examples]))

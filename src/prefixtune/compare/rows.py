@@ -59,6 +59,12 @@ class Rows:
         """The examples of the first so many training rows, or of all."""
         return first_rows(self.train, count)
 
+    def trained_on(self) -> tuple[int, int]:
+        """How many evaluation rows are training rows too, with the same prompt and target, and how many there
+        are."""
+        rows, training = _by_row(self.eval), set(_by_row(self.train))
+        return sum(row in training for row in rows), len(rows)
+
     def _plain(self) -> dict[str, Any]:
         return {
             **{name: _flat(getattr(self, name)) for name in ("train", "eval", "neutral")},
@@ -100,6 +106,15 @@ def first_rows(examples: Sequence[Example], count: int | None) -> list[Example]:
     """Those of the first so many rows, or of all: a chat of several turns may be several examples."""
     begins = [place for place, example in enumerate(examples) if example.part == 0]
     return list(examples[: None if count is None or count >= len(begins) else begins[count]])
+
+
+def _by_row(examples: Iterable[Example]) -> list[tuple[Any, ...]]:
+    """Token ids and labels of each row: a chat of several turns may be several examples."""
+    rows: list[tuple[Any, ...]] = []
+    for example in examples:
+        before = rows.pop() if example.part else ()
+        rows.append((*before, example.input_ids, example.labels))
+    return rows
 
 
 def _flat(examples: Iterable[Example]) -> list[list[Any]]:

@@ -83,7 +83,7 @@ def _rows(plan: Plan, output: Path) -> Rows:
     """The rows of an earlier run of the same plan, or new ones, made in a process of their own."""
     path = output / DATA
     rows = Rows.read(path, key=plan.data_key())
-    if rows is None:
+    if rows is None or len(rows.questions) < (plan.config.eval_rows or 0):  # the child tells that
         sampled = ", sampling neutral text" if plan.config.forgetting else ""
         with progress_bar(f"reading the rows{sampled}, timing the model", total=1):
             failure = _child(plan, output, name="rows", result=path, cell=None)
@@ -93,6 +93,9 @@ def _rows(plan: Plan, output: Path) -> Rows:
         assert rows is not None
     for name in ("training", "evaluation"):
         note(f"{name}: {rows.about[name]}")
+    seen, of = rows.trained_on()
+    if seen:
+        note(f"evaluation: {seen:,} of {of:,} rows are training rows too (identical prompt and target)")
     return rows
 
 
@@ -265,7 +268,10 @@ class _Bench:
             "compared": {**plan.config.to_dict(), "data": plan.data.to_dict()},
             "metric_settings": next((cell["metric_settings"] for cell in self.done.values()), {}),
             "seeds": list(range(1, plan.config.seeds + 1)),
-            "data": {name: self.rows.about[name] for name in ("training", "evaluation", "neutral")},
+            "data": {
+                **{name: self.rows.about[name] for name in ("training", "evaluation", "neutral")},
+                "evaluation_rows_trained_on": self.rows.trained_on()[0],
+            },
             "dtype": self.rows.about["dtype_reason"],
             "versions": versions(),
             "machine": self.rows.about["machine"],

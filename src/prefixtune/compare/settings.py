@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.config import PrefixConfig, TrainConfig, _Config, option
 from prefixtune.errors import ConfigError
 
-__all__ = ["KINDS", "METHODS", "Method", "PeerConfig", "methods_of"]
+__all__ = ["ALL_PEERS", "KINDS", "METHODS", "Method", "PeerConfig", "methods_of", "naming"]
 
 UNTRAINED = ("base", "prompt")
 PEERS = ("full", "lora", "prompt-tuning", "p-tuning", "peft-prefix")
@@ -97,7 +98,7 @@ class Method:
             hint = f"it has {', '.join(sorted(known))}" if known else "it trains nothing"
             if shared:
                 hint = f"{', '.join(shared)}: a comparison decides that for all methods alike"
-            raise ConfigError(f"{self.name}: {self.of} has no setting {', '.join(unknown)}", hint=hint)
+            raise ConfigError(f"{self.of} has no setting {', '.join(unknown)}", hint=hint)
         if self.of == "prefix":
             PrefixConfig(**{"init": "random", **self.prefix_options})
             TrainConfig(**self.train_options)
@@ -169,6 +170,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """An error within says where the option stands."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error.message}", hint=error.hint) from None
+
+
 def methods_of(names: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]]) -> tuple[Method, ...]:
     """The methods by name, with the changes of a [settings.NAME] table each.
 
@@ -178,11 +188,14 @@ def methods_of(names: tuple[str, ...], changes: Mapping[str, Mapping[str, Any]])
     Raises:
         ConfigError: there is no such method or setting, or one is named twice.
     """
+    for name, table in changes.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"settings.{name}: expected a table [settings.{name}]; got {table!r}")
     known = {**METHODS, **{name: _changed(name, changes) for name in changes}}
     found = []
     for name in names:
         if name not in known:
-            raise _unknown(name, known)
+            raise _unknown(name, known, where="methods")
         if names.count(name) > 1:
             raise ConfigError(f"methods: {name} is named twice")
         found.append(known[name])
@@ -196,17 +209,22 @@ def _changed(name: str, changes: Mapping[str, Mapping[str, Any]], after: tuple[s
     values = dict(changes.get(name, {}))
     start = values.pop("of", name)
     if not isinstance(start, str):
-        raise ConfigError(f"{name}: of: expected the name of a method; got {start!r}")
+        raise ConfigError(f"settings.{name}: of: expected the name of a method; got {start!r}")
     if start != name and start in changes:
         method = _changed(start, changes, (*after, name))
     elif start in METHODS:
         method = METHODS[start]
     else:
-        raise _unknown(start, {**METHODS, **changes})
-    return Method(name=name, of=method.of, options={**method.options, **values})
+        where = f"settings.{name}" if start == name else f"settings.{name}: of"
+        raise _unknown(start, [one for one in {**METHODS, **changes} if one != name], where=where)
+    options = {**method.options, **values}
+    if method.of == "prefix" and options.get("length") == "auto":  # as train has it: what is not given
+        del options["length"]
+    with naming(f"settings.{name}"):
+        return Method(name=name, of=method.of, options=options)
 
 
-def _unknown(name: str, known: Mapping[str, Any]) -> ConfigError:
+def _unknown(name: str, known: Iterable[str], *, where: str) -> ConfigError:
     close = difflib.get_close_matches(name, known, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-    return ConfigError(f"methods: there is no method {name!r}", hint=hint)
+    return ConfigError(f"{where}: there is no method {name!r}", hint=hint)

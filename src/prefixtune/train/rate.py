@@ -56,6 +56,11 @@ class RangeTest:
     smoothed: tuple[float, ...]
     suggested: float
 
+    @property
+    def still_falling(self) -> bool:
+        """Whether the lowest mean is that of the last step, so that a higher rate may be better."""
+        return _lowest(self.smoothed) == len(self.smoothed) - 1
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
@@ -93,6 +98,11 @@ def find_learning_rate(
         trainer.train()
     found = read(rates, gains)
     note(f"range test of {len(found.gains)} steps: learning rate {found.suggested:.2g}")
+    if found.still_falling:
+        note(
+            f"the loss was still falling at the highest rate, {found.rates[-1]:.2g}: the range has found no "
+            "optimum, which may lie higher"
+        )
     return found
 
 
@@ -102,7 +112,7 @@ def read(rates: Sequence[float], gains: Sequence[float]) -> RangeTest:
     for count, gain in enumerate(gains, start=1):
         mean = SMOOTHED * mean + (1 - SMOOTHED) * gain
         smoothed.append(mean / (1 - SMOOTHED**count))
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    lowest = _lowest(smoothed)
     enough = next(
         step for step, gain in enumerate(smoothed) if gain <= MOST * smoothed[lowest] or step == lowest
     )
@@ -112,6 +122,10 @@ def read(rates: Sequence[float], gains: Sequence[float]) -> RangeTest:
         smoothed=tuple(smoothed),
         suggested=float(f"{math.sqrt(rates[enough] * rates[lowest]):.2g}"),
     )
+
+
+def _lowest(means: Sequence[float]) -> int:
+    return min(range(len(means)), key=means.__getitem__)
 
 
 class _Rising(PrefixTrainer):
