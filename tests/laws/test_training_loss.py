@@ -12,6 +12,7 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
 from prefixtune.chunked import chunked_cross_entropy, chunked_divergence
+from prefixtune.errors import AttachError
 from prefixtune.loss import Passes, RowTokens, common_start, first_target, group_rows, pack_rows
 
 LENGTHS = (9, 4, 12, 1, 7)
@@ -120,6 +121,16 @@ def test_a_pack_holds_as_many_rows_as_fit_beside_their_common_beginning_and_neve
                 assert len(seen) == 1
                 assert seen[0] <= 64
     assert len(passes.plan(rows)) == 2  # of 30 + 34 tokens each; with rows whole it would be 7
+
+
+def test_a_common_beginning_counts_where_rows_leave_the_model_no_position():
+    """GPT-2 has 128: prefix and common tokens come before each row's own."""
+    base = tiny_model("gpt2").requires_grad_(False)
+    pairs, ids = live_pairs(base), torch.ones(1, 120 - PREFIX + 9, dtype=torch.long)
+    with torch.no_grad(), packed(base, pairs, (120 - PREFIX, 8, 1), common=120 - PREFIX) as hidden_of:
+        assert len(hidden_of(ids)) == ids.numel()
+    with pytest.raises(AttachError, match="129 positions"), packed(base, pairs, (115, 9, 1), common=115):
+        pass
 
 
 def test_rows_of_other_tokens_run_whole():
