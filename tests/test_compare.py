@@ -629,6 +629,11 @@ def test_a_slip_in_the_file_is_told_as_the_users(line: str, words: str, tmp_path
         ({"methods": ("prefix",)}, {"prefix": {"seed": 3}}, "no setting seed"),
         ({"methods": ("prefix",)}, {"prefix": {"packing": False}}, "decides that for all methods"),
         ({"methods": ("lora",)}, {"lora": {"rank": -1}}, "rank: expected more than 0"),
+        (
+            {},
+            {"prefix+projection": {"token_damping": 0.5}},
+            "settings.prefix+projection: token_damping: the tokens of a projection have no steps",
+        ),
         ({"train_rows": 0}, {}, "train_rows"),
         ({"train_rows": (4, 8, 4)}, {}, "train_rows: 4 is named twice"),
         ({"max_new_tokens": -1}, {}, "max_new_tokens: expected more than 0"),
@@ -691,7 +696,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     path = tmp_path_factory.mktemp("compare")
     (path / "x.toml").write_text(
         "train_rows = 8\neval_rows = 2\nseeds = 1\nforgetting = false\ndtype = 'float32'\n"
-        "[settings.long]\nof = 'prefix'\nlength = 600\n",
+        "[settings.long]\nof = 'prefix'\nlength = 500\n",
         encoding="utf-8",
     )
     plan = make_plan(
@@ -848,6 +853,49 @@ def test_more_evaluation_inputs_than_there_are_is_told_and_the_default_takes_wha
     rows.write(tmp_path / "data.json", key=plan.data_key())
     with pytest.raises(DataError, match="expected 100 inputs"):
         compare(hundred, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        (
+            "prefix",
+            {"prefix": {"layers": "top:9"}},
+            "prefix: layers: the model has 2 layers, 0 to 1; got 'top:9'",
+        ),
+        ("lora", {"prefix": {"layers": "0,2"}}, "prefix: layers: the model has 2 layers, 0 to 1; got '0,2'"),
+        (
+            "top",
+            {"top": {"of": "prefix", "layers": "2"}},
+            "top: layers: the model has 2 layers, 0 to 1; got '2'",
+        ),
+        (
+            "long",
+            {"long": {"of": "prefix", "length": 512}},
+            "long: length: 512 virtual tokens leave no room in the 512 positions of the model",
+        ),
+        (
+            "prefix",
+            {"prefix": {"init_tokens": [5, 9999]}},
+            "prefix: init_tokens: expected token ids of the mode",
+        ),
+    ],
+)
+def test_a_prefix_that_cannot_be_on_the_model_is_told_before_any_cell(
+    method: str, settings: Any, words: str, data: tuple[Path, Rows], tmp_path: Path
+) -> None:
+    model, rows = data
+    plan = make_plan(model, methods=("base", method), forgetting=False, settings=settings)
+    rows.write(tmp_path / "data.json", key=plan.data_key())
+    with pytest.raises(ConfigError) as told:
+        compare(plan, tmp_path)
+    assert told.value.message.startswith(words)
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def data(model: Path) -> tuple[Path, Rows]:
+    return model, make_rows(make_plan(model, forgetting=False))
 
 
 def test_evaluation_rows_that_are_trained_on_are_counted(measured: Measured, folder: Folder) -> None:

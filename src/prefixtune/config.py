@@ -24,6 +24,7 @@ __all__ = [
     "DistillConfig",
     "PrefixConfig",
     "TrainConfig",
+    "check_damping",
     "chosen_layers",
     "option",
 ]
@@ -339,6 +340,15 @@ class TrainConfig(_Config):
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"warmup_ratio: expected a share from 0 to 1; got {self.warmup_ratio}")
+
+
+def check_damping(prefix: PrefixConfig, train: TrainConfig) -> None:
+    """Raise ConfigError where virtual tokens are to be damped that a projection makes."""
+    if prefix.projection and train.token_damping:
+        raise ConfigError(
+            "token_damping: the tokens of a projection have no steps of their own",
+            hint="leave it out, or train without --projection",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefixtune.compare.machine import versions
 from prefixtune.compare.settings import Method, methods_of, naming
-from prefixtune.config import DataConfig, TrainConfig, _Config, option
+from prefixtune.config import DataConfig, TrainConfig, _Config, chosen_layers, option
 from prefixtune.errors import ConfigError
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
@@ -27,7 +27,7 @@ FOLLOWED = {
     "lora": ("length", "layers", "projection", "hidden_size"),
     **dict.fromkeys(("prompt-tuning", "p-tuning", "peft-prefix", "prefix"), ("length",)),
 }
-LAYOUT = 2  # of data.json: a file of another is made anew
+LAYOUT = 3  # of data.json: a file of another is made anew
 NOT_CONFIG = ("output", "data", "settings")  # of a file, beside the options of CompareConfig
 EVAL_ROWS = 100  # inputs that are measured on unless it is said, or as many as there are
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
@@ -146,6 +146,20 @@ class Plan:
         (ours,) = methods_of(("prefix",), self.changes)
         return ours
 
+    def check_limits(self, limits: Mapping[str, Any]) -> None:
+        """Raise ConfigError where a prefix, or one that LoRA is as large as, cannot be on the model.
+
+        `limits` are the model's numbers of layers, positions (None without a limit) and token ids.
+        """
+        for method in self.methods:
+            ours = self.prefix if method.of == "lora" else method
+            if ours.of == "prefix":
+                with naming(ours.name):
+                    chosen_layers(ours.prefix_options.get("layers"), limits["layers"])
+            if method.of == "prefix":
+                with naming(method.name):
+                    _check_tokens(method.prefix_options, limits)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the arguments of `plan_of`."""
         settings = {name: dict(table) for name, table in self.changes.items()}
@@ -194,6 +208,16 @@ class Plan:
         }
         metrics = [[name, _metric_file(name)] for name in config.metrics]
         return f"{digest(parts)}:{digest(metrics)}"
+
+
+def _check_tokens(options: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+    length, positions, vocabulary = options.get("length", 0), limits["positions"], limits["vocabulary"]
+    if positions is not None and length >= positions:
+        raise ConfigError(
+            f"length: {length} virtual tokens leave no room in the {positions} positions of the model"
+        )
+    if any(not 0 <= token < vocabulary for token in options.get("init_tokens", ())):
+        raise ConfigError(f"init_tokens: expected token ids of the model, 0 to {vocabulary - 1}")
 
 
 def digest(parts: Any) -> str:

@@ -23,7 +23,7 @@ from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note
 from prefixtune.task import inputs_of
-from prefixtune.train.defaults import length_for
+from prefixtune.train.defaults import length_for, positions_of
 
 __all__ = ["make_rows"]
 
@@ -69,6 +69,7 @@ def make_rows(plan: Plan) -> Rows:
         "dtype_reason": base.dtype_reason,
         "model": config.model,
         "base": _described(base.model),
+        "limits": _limits(base.model),
         "training": report.summary(),
         "evaluation": f"{len(questions)} inputs; loss on {eval_report.summary()}",
         "machine": describe_machine(),
@@ -145,6 +146,12 @@ def _longest_prefix(
             longest = max((*rows, *examples), key=lambda example: len(example.input_ids))
             lengths.append(length or length_for(model, len(rows), longest))
     return max(lengths)
+
+
+def _limits(model: Any) -> dict[str, int | None]:
+    """What `Plan.check_limits` goes by, also where the rows are of an earlier run."""
+    layers, vocabulary = len(Geometry.probe(model).layers), text_config(model).vocab_size
+    return {"layers": layers, "positions": positions_of(model), "vocabulary": vocabulary}
 
 
 def _described(model: Any) -> dict[str, Any]:

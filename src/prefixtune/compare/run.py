@@ -55,6 +55,7 @@ def compare(plan: Plan, output: Path, *, command: str = "") -> dict[str, Any]:
 def _compare(plan: Plan, output: Path, command: str) -> dict[str, Any]:
     (output / CELLS).mkdir(exist_ok=True)
     rows = _rows(plan, output)
+    plan.check_limits(rows.about["limits"])
     if plan.config.metrics:
         check_scoring(plan.config.metrics, rows.questions)
     bench = _Bench(plan, output, rows, command)

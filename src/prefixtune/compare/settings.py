@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefixtune.config import PrefixConfig, TrainConfig, _Config, option
+from prefixtune.config import PrefixConfig, TrainConfig, _Config, check_damping, option
 from prefixtune.errors import ConfigError
 
 __all__ = ["ALL_PEERS", "KINDS", "METHODS", "Method", "PeerConfig", "methods_of", "naming"]
@@ -100,8 +100,8 @@ class Method:
                 hint = f"{', '.join(shared)}: a comparison decides that for all methods alike"
             raise ConfigError(f"{self.of} has no setting {', '.join(unknown)}", hint=hint)
         if self.of == "prefix":
-            PrefixConfig(**{"init": "random", **self.prefix_options})
-            TrainConfig(**self.train_options)
+            prefix = PrefixConfig(**{"init": "random", **self.prefix_options})
+            check_damping(prefix, TrainConfig(**self.train_options))
         elif self.of in PEERS:
             PeerConfig(**self.options)
 

@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefixtune.config import PrefixConfig, TrainConfig
+from prefixtune.config import PrefixConfig, TrainConfig, check_damping
 from prefixtune.data import Example
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS
@@ -30,6 +30,7 @@ __all__ = [
     "packing_length_for",
     "planned_epochs",
     "planned_steps",
+    "positions_of",
     "prefix_config_of",
     "resolve",
     "telling_rows",
@@ -126,7 +127,7 @@ def length_for(model: Any, rows: int, longest: Example) -> int:
     Raises:
         DataError: it leaves fewer than the shortest default.
     """
-    length, limit, taken = default_length(rows), _positions(model), len(longest.input_ids)
+    length, limit, taken = default_length(rows), positions_of(model), len(longest.input_ids)
     if limit is None or taken + length <= limit:
         return length
     room = max(limit - taken, 0)
@@ -141,7 +142,8 @@ def length_for(model: Any, rows: int, longest: Example) -> int:
     return room
 
 
-def _positions(model: Any) -> int | None:
+def positions_of(model: Any) -> int | None:
+    """How many positions prefix and row have together; None where there is no limit."""
     config = text_config(model)
     limit, change = getattr(config, "max_position_embeddings", None), rotary_change(config)
     if change is not None:
@@ -216,11 +218,7 @@ def packing_length_for(config: TrainConfig, examples: list[Example]) -> int:
 
 def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int) -> float:
     if prefix.projection:
-        if config.token_damping:
-            raise ConfigError(
-                "token_damping: the tokens of a projection have no steps of their own",
-                hint="leave it out, or train without --projection",
-            )
+        check_damping(prefix, config)
         return 0.0
     if config.token_damping is not None:
         return config.token_damping
@@ -276,7 +274,7 @@ def digest(examples: list[Example]) -> str:
 
 
 def check_lengths(base: LoadedBase, prefix: PrefixConfig, examples: list[Example]) -> None:
-    limit = _positions(base.model)
+    limit = positions_of(base.model)
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = prefix.length + len(longest.input_ids)
     if limit is not None and needed > limit:
