@@ -187,13 +187,14 @@ def test_evaluation_counts_where_its_pass_is_the_larger(monkeypatch: pytest.Monk
     assert measure_step(small(), short).total == plain
 
 
-def test_neutral_text_counts_where_the_rows_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neutral_text_counts_where_the_rows_are_short_or_the_vocabulary_is_large() -> None:
     short, long = (setup(lengths=(n,), neutral_lengths=(64, 64)) for n in (30, 256))
     assert measure_step(small(), short).total > measure_step(small(), setup(lengths=(30,))).total
     plain = measure_step(small(), setup(lengths=(256,)))
-    assert measure_step(small(), long).total == plain.total
-    monkeypatch.setattr(Setup, "neutral_text_may_take_more", True)  # what is left out takes no more indeed
-    assert measure_step(small(), long).total <= plain.total + plain.gradients
+    assert plain.total <= measure_step(small(), long).total <= plain.total + plain.gradients
+    wide = small(vocab_size=2**17)
+    with_neutral, without = (measure_step(wide, one) for one in (long, setup(lengths=(256,))))
+    assert with_neutral.logits > without.logits  # a teacher's beside the model's
 
 
 def test_rows_that_a_run_would_refuse_are_counted() -> None:

@@ -123,17 +123,29 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor
 
 
 def _divergence_(logits: Tensor, aimed: Tensor, counted: Tensor, *, gradient: bool) -> Tensor:
-    """Summed KL(softmax(aimed) || softmax(logits)) in nats, [s, V] each; the gradient replaces the logits."""
-    total = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device)
-    for rows in _pieces(logits):
+    """Summed KL(softmax(aimed) || softmax(logits)) in nats, [s, V] each; the gradient replaces the logits.
+
+    Three pieces of memory for all: new ones for each piece left several hundred MB resident (bench/LOG.md).
+    """
+    total, pieces = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device), _pieces(logits)
+    largest = logits[pieces[0]].shape if pieces else (0, 0)
+    buffers = [logits.new_empty(largest, dtype=total.dtype) for _ in range(3)]
+    for rows in pieces:
         counts = counted[rows, None]
-        ours = torch.log_softmax(logits[rows], dim=1, dtype=total.dtype)
-        theirs = torch.log_softmax(aimed[rows], dim=1, dtype=total.dtype)
-        likely = theirs.exp()
-        total += ((theirs - ours).mul_(likely).sum(dim=1, keepdim=True) * counts).sum()
+        ours, theirs, likely = (buffer[: len(counts)] for buffer in buffers)
+        _log_softmax_(ours.copy_(logits[rows]), likely)
+        _log_softmax_(theirs.copy_(aimed[rows]), likely)
+        torch.exp(theirs, out=likely)
+        total += (theirs.sub_(ours).mul_(likely).sum(dim=1, keepdim=True) * counts).sum()
         if gradient:
-            logits[rows] = (ours.exp_() - likely).mul_(counts).to(logits.dtype)
+            logits[rows] = ours.exp_().sub_(likely).mul_(counts)
     return total
+
+
+def _log_softmax_(numbers: Tensor, spare: Tensor) -> None:
+    """In place, over the last dimension; `spare` is overwritten."""
+    numbers -= numbers.amax(dim=1, keepdim=True)
+    numbers -= torch.exp(numbers, out=spare).sum(dim=1, keepdim=True).log()
 
 
 def _pieces(logits: Tensor) -> list[slice]:

@@ -83,11 +83,6 @@ class Setup:
             return False
         return self.eval_tokens > self.tokens or max(self.eval_lengths) > max(self.lengths)
 
-    @property
-    def neutral_text_may_take_more(self) -> bool:
-        """It has two vocabularies of logits, and activations as any pass."""
-        return bool(self.neutral_lengths) and self.tokens_of(self.neutral_lengths) * 2 > self.tokens
-
     def tokens_of(self, lengths: Sequence[int], common: int = 0) -> int:
         """Of a pass of rows that begin with as many common tokens."""
         return pass_tokens(lengths, common, packing=self.packing)
@@ -127,7 +122,7 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
     for leaf in leaves if setup.passes > 1 else ():
         if leaf.requires_grad:
             leaf.grad = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-    if setup.neutral_text_may_take_more:
+    if setup.neutral_lengths:
         _neutral_step(model, setup, pairs)
     with _passes(model, setup).loss(rows, pairs) as loss:
         (loss / setup.tokens).backward()  # type: ignore[no-untyped-call]
@@ -136,7 +131,7 @@ def training_step(model: PrefixModel, setup: Setup) -> None:
 
 
 def _neutral_step(model: PrefixModel, setup: Setup, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """The pass of a step's neutral text, which comes first."""
+    """The pass of a step's neutral text, which comes first and has two vocabularies of logits."""
     setup = replace(setup, lengths=setup.neutral_lengths, target_share=1.0, aims=True)
     rows = rows_of(setup.lengths, setup, width=model.geometry.hidden_size)
     with _passes(model, setup).loss(rows, pairs) as divergence:
