@@ -200,7 +200,8 @@ def test_divergence_from_a_teacher_equals_that_of_each_row_alone_with_whole_logi
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(family):
     base = tiny_model(family)
-    rows, found = continued(rows_of(), 11), []
+    common = 0 if family == "mistral-sliding" else 11  # there no target would see the prefix
+    rows, found = continued(rows_of(), common), []
     for on in (False, True):
         model = without_dropout(PrefixModel(base, PrefixConfig(length=PREFIX)))
         (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
