@@ -192,7 +192,7 @@ def test_neutral_text_counts_where_the_rows_are_short_or_the_vocabulary_is_large
     assert measure_step(small(), short).total > measure_step(small(), setup(lengths=(30,))).total
     plain = measure_step(small(), setup(lengths=(256,)))
     assert plain.total <= measure_step(small(), long).total <= plain.total + plain.gradients
-    wide = small(vocab_size=2**17)
+    wide = small(vocab_size=2**17, num_hidden_layers=2)
     with_neutral, without = (measure_step(wide, one) for one in (long, setup(lengths=(256,))))
     assert with_neutral.logits > without.logits  # a teacher's beside the model's
 
@@ -350,13 +350,13 @@ def test_changes_together_leave_out_packing_where_reading_packed_weights_is_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wide = setup(lengths=(256,) * 8, longest=256)
-    peak = estimate(small(), wide, available=PLENTY).peak
+    peak = estimate(small(num_hidden_layers=2), wide, available=PLENTY).peak
     monkeypatch.setattr(
         sys.modules["prefixtune.memory.estimate"],
         "reading_bytes",
         lambda *_, quantize, **__: peak - 1 if quantize else 0,
     )
-    found = estimate(small(), wide, available=1)
+    found = estimate(small(num_hidden_layers=2), wide, available=1)
     packed_ = next(item for item in found.advice if item.change == "--quantize int8")
     assert packed_.while_loading
     assert "--quantize int8 needs" in found.hint
@@ -375,7 +375,7 @@ def test_changes_together_are_told_where_they_beat_each_alone(monkeypatch: pytes
         "reading_bytes",
         lambda base, dtype, *, quantize, **_: sizes[dtype][quantize is not None],
     )
-    found = estimate(small(), setup(), available=1)
+    found = estimate(small(num_hidden_layers=2), setup(), available=1)
     assert [item.change for item in found.advice] == [
         "--dtype bfloat16", "--quantize int8", "--quantize nf4"
     ]  # fmt: skip
@@ -391,8 +391,8 @@ def test_sampling_of_neutral_text_is_a_peak_of_its_own_where_steps_are_small() -
     assert plain.sampling == 0
     held = 1000 + sampling.step.weights + sampling.step.prefix
     assert sampling.sampling == held + round(1.15 * (cache + logits))
-    wide = small(num_key_value_heads=4, head_dim=1024, num_hidden_layers=20)
-    found = estimate(wide, setup(lengths=(8,), neutral_lengths=(8,), sampled_rows=3200), available=1)
+    short = small(num_hidden_layers=2)
+    found = estimate(short, setup(lengths=(8,), neutral_lengths=(8,), sampled_rows=2**16), available=1)
     assert found.peak == found.sampling
     assert "sampling neutral text" in found.summary()
     assert "--retain 0" in [item.change for item in found.advice]
