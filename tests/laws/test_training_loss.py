@@ -6,12 +6,14 @@ import pytest
 import torch
 from oracle import without_dropout
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from families import EXTRA, FAMILIES, VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
-from prefixtune.chunked import chunked_cross_entropy, chunked_divergence
+from prefixtune.chunked import _divergence_, chunked_cross_entropy, chunked_divergence
 from prefixtune.errors import AttachError
 from prefixtune.loss import Passes, RowTokens, common_start, first_target, group_rows, pack_rows
 
@@ -299,6 +301,35 @@ def test_chunked_cross_entropy_equals_that_of_whole_logits(cap):
     assert torch.allclose(by_chunks, by_whole, atol=1e-10)
     with torch.no_grad():
         assert chunked_cross_entropy(hidden, labels, head).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+class _Large(TorchDispatchMode):
+    """Counts the tensors of at least so many numbers that are made in the block."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def large(tree):
+            tensors = [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+            return {one.untyped_storage()._cdata for one in tensors if one.numel() >= self.numbers}
+
+        given = large((args, kwargs))
+        made = func(*args, **(kwargs or {}))
+        self.count += len(large(made) - given)
+        return made
+
+
+def test_divergence_makes_no_new_memory_from_piece_to_piece():
+    """A piece is about a million numbers: 40 tokens are two pieces here, 120 are five."""
+    counts = []
+    for tokens in (40, 120):
+        logits, aimed = torch.randn(2, tokens, 40_000).bfloat16()
+        with torch.no_grad(), _Large(10 * 40_000) as seen:
+            _divergence_(logits, aimed, torch.ones(tokens, dtype=torch.bool), gradient=True)
+        counts.append(seen.count)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
