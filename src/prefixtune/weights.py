@@ -21,7 +21,8 @@ def stored_tensors(files: Sequence[Path]) -> Tensors:
     found: Tensors = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
+            names = tensors.keys()
+            for name in names:
                 part = tensors.get_slice(name)
                 found.add((tuple(part.get_shape()), DTYPES.get(part.get_dtype())))
     return found

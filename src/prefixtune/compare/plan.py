@@ -173,7 +173,7 @@ class Plan:
             "packages": versions(("prefixtune", "torch", "transformers", "tokenizers")),
             "model": [config.model, _model_files(config.model)],
             "sources": [_file_key(config.train), _file_key(config.eval)],
-            "rows": [max(config.train_rows, default=None), config.eval_rows or EVAL_ROWS],  # type: ignore[type-var]
+            "rows": [max(config.train_rows) if config.train_rows else None, config.eval_rows or EVAL_ROWS],
             "data": self.data.to_dict(),
             "dtype": config.dtype,
             "forgetting": config.forgetting,

@@ -96,7 +96,7 @@ def _read(plan: Plan) -> tuple[list[Row], list[Row]]:
     assert config.train is not None
     assert config.eval is not None
     check_splits(config.train, config.eval, split=data.split, eval_split=data.evaluated_split)
-    fields, limit = parse_fields(data.fields), max(config.train_rows, default=None)  # type: ignore[type-var]
+    fields, limit = parse_fields(data.fields), max(config.train_rows) if config.train_rows else None
     read = load_rows(config.train, fields=fields, split=data.split, limit=limit)
     if config.train_rows and len(read) < max(config.train_rows):
         raise DataError(f"{config.train}: expected {max(config.train_rows):,} rows; got {len(read):,}")
