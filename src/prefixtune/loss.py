@@ -33,6 +33,7 @@ __all__ = [
     "group_rows",
     "pack_rows",
     "planned",
+    "share_passes",
 ]
 
 PASS_TOKENS = (
@@ -146,11 +147,17 @@ def planned(
     Args:
         common: tokens that the rows of a pack begin with, which it holds once.
     """
-    plan, passes = pack_rows if packing else group_rows, []
+    passes = []
     for rows in alike(model, lengths):
-        groups = plan([lengths[row] - common for row in rows], capacity - common)
+        groups = share_passes([lengths[row] for row in rows], capacity, packing=packing, common=common)
         passes += [[rows[place] for place in group] for group in groups]
     return passes
+
+
+def share_passes(lengths: Sequence[int], capacity: int, *, packing: bool, common: int = 0) -> list[list[int]]:
+    """As `planned`, for rows that a model's rotary turns alike."""
+    plan = pack_rows if packing else group_rows
+    return plan([length - common for length in lengths], capacity - common)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import LoadedBase, empty_model, load_tokenizer, placement, weight_files
-from prefixtune.loss import PASS_TOKENS, common_start, first_target, group_rows, pack_rows
+from prefixtune.loss import PASS_TOKENS, common_start, first_target, share_passes
 from prefixtune.memory import (
     Estimate,
     Setup,
@@ -107,9 +107,8 @@ class _Rows:
 
     def plan(self, rows: Sequence[int], capacity: int) -> list[list[int]]:
         """As `Passes.plan`, for a model whose rotary never changes."""
-        common = self.common(rows)
-        own = [self.lengths[row] - common for row in rows]
-        groups = (pack_rows if self.packing else group_rows)(own, capacity - common)
+        lengths = [self.lengths[row] for row in rows]
+        groups = share_passes(lengths, capacity, packing=self.packing, common=self.common(rows))
         return [[rows[place] for place in group] for group in groups]
 
 
