@@ -22,12 +22,12 @@ from click.testing import CliRunner, Result
 from packaging.version import Version
 
 from families import FAMILIES, tiny_model
-from prefixtune import PrefixConfig
+from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import packed, packs
 from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.data import Example
-from prefixtune.errors import OutOfMemoryError
+from prefixtune.errors import OutOfMemoryError, UnsupportedModelError
 from prefixtune.load import LoadedBase, empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.loss import Passes
 from prefixtune.memory import (
@@ -40,7 +40,9 @@ from prefixtune.memory import (
     measure_step,
     reading_bytes,
 )
+from prefixtune.memory.estimate import sampling_bytes
 from prefixtune.memory.host import group_room
+from prefixtune.memory.step import evaluation_step, training_step
 from prefixtune.quantize import QuantizedLinear
 from prefixtune.train import trainer_for
 from prefixtune.train.forecast import check_weights, forecast_for, setup_of
@@ -379,6 +381,75 @@ def test_changes_together_are_told_where_they_beat_each_alone(monkeypatch: pytes
     assert [item.change for item in found.advice] == [
         "--dtype bfloat16", "--quantize int8", "--quantize nf4"
     ]  # fmt: skip
+
+
+def test_changes_that_do_nothing_alone_are_told_where_together_they_are_enough() -> None:
+    """Steps and the sampling of neutral text take as much: less of the one is no less at the peak."""
+    base = small(num_hidden_layers=12)
+    plan = setup(lengths=(600,), longest=600, neutral_lengths=(64, 64), dtype=torch.bfloat16)
+    step = estimate(base, plan, available=PLENTY)
+    one = estimate(base, dataclasses.replace(plan, sampled_rows=1), available=PLENTY)
+    rows = (step.peak - one.sampling) // (one.sampling - step.step.weights - step.step.prefix) + 2
+    alike = dataclasses.replace(plan, sampled_rows=rows)
+    both = dataclasses.replace(alike, checkpointing=True, neutral_lengths=(), sampled_rows=0)
+    peak = estimate(base, both, available=PLENTY).peak
+    found = estimate(base, alike, available=peak)
+    assert found.peak == found.sampling < 1.02 * step.peak
+    assert peak < 0.95 * found.peak
+    *alone, last = found.advice
+    assert not any(item.fits for item in alone)
+    assert last.change == "--gradient-checkpointing --retain 0"  # and nothing that is not needed
+    assert last.fits
+    assert last.peak_bytes == peak
+
+
+def test_a_peak_of_the_past_is_not_taken_for_reading_the_weights() -> None:
+    wide = setup(lengths=(256,) * 8, longest=256)
+    peak = estimate(small(), wide, available=PLENTY).peak
+    found = estimate(small(), wide, available=1, so_far=peak - 1)
+    assert found.peak == peak
+    assert found.advice[0].peak_bytes == peak - 1
+    assert not [item for item in found.advice if item.while_loading]
+
+
+def test_a_model_that_cannot_recompute_is_not_advised_to() -> None:
+    found = estimate(meta_model(tiny_model("ctrl").config), setup(), available=1)
+    assert found.advice
+    assert not [item for item in found.advice if "checkpointing" in item.change]
+    model = PrefixModel(tiny_model("ctrl"), PrefixConfig(length=2, init="random"))
+    with pytest.raises(UnsupportedModelError, match="ctrl models cannot recompute"):
+        model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("common", [0, 13])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_measured_step_runs_the_tokens_that_the_setup_says(common: int, packing: bool) -> None:
+    common = common if packing else 0
+    plan = setup(
+        lengths=(40, 33, 20), longest=40, common=common, packing=packing, target_share=0.3,
+        eval_lengths=(70, 30), eval_common=common,
+    )  # fmt: skip
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=2, init="random"))
+    seen: list[int] = []
+    model.base_model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].numel())
+    )
+    training_step(model, plan)
+    with torch.no_grad():
+        evaluation_step(model, plan)
+    expected = [plan.tokens, plan.eval_tokens]
+    assert seen == [-(-tokens // 32) * 32 if packing else tokens for tokens in expected]
+    held_once = 13 if common else 0
+    assert plan.tokens == (93 - 2 * held_once if packing else 120)
+
+
+def test_a_quantised_layer_is_unpacked_while_neutral_text_is_sampled() -> None:
+    sizes = dict(hidden_size=256, intermediate_size=2048, num_hidden_layers=2)
+    plan = setup(lengths=(8,), neutral_lengths=(64,), sampled_rows=1)
+    whole, packed_ = (
+        sampling_bytes(small(**sizes), dataclasses.replace(plan, quantize=q)) for q in (None, "int8")
+    )
+    assert packed_ - whole == pytest.approx(1.15 * 2 * 256 * 2048 * 4, rel=1e-3)
 
 
 def test_sampling_of_neutral_text_is_a_peak_of_its_own_where_steps_are_small() -> None:

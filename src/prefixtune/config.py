@@ -264,7 +264,9 @@ class TrainConfig(_Config):
         True, "run rows end to end in one pass, without padding, where the architecture allows it"
     )
     packing_length: int | None = option(
-        None, "tokens of one pass through the model; 512 unless given, or the longest row's"
+        None,
+        "tokens of one pass through the model; unless given, 512 beside what all rows begin with, and at "
+        "least the longest row's",
     )
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
     lr_scheduler_type: str = option(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prefixtune.attachment import packs
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples
 from prefixtune.errors import DataError
@@ -17,7 +18,7 @@ from prefixtune.forgetting import Forgetting, NeutralTexts, forgetting
 from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import quiet_eval
 from prefixtune.likelihood import check_examples, row_losses
-from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
+from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, default_capacity, first_target
 from prefixtune.model import PrefixModel
 from prefixtune.progress import progress_bar
 from prefixtune.task import Input, Task
@@ -76,7 +77,7 @@ def target_loss(
     examples: Sequence[Example],
     *,
     pad_token_id: int,
-    capacity: int = PASS_TOKENS,
+    capacity: int | None = None,
     packing: bool = True,
     progress: str | None = None,
 ) -> tuple[float, int]:
@@ -87,7 +88,8 @@ def target_loss(
 
     Args:
         model: a PrefixModel, a bare base model, or a PEFT model; it is in evaluation mode meanwhile.
-        capacity: tokens of a pass through the model; a longer row has one of its own.
+        capacity: tokens of a pass through the model, see `prefixtune.loss.default_capacity`; a longer row has
+            one of its own.
         packing: documents end to end where the model allows it.
 
     Raises:
@@ -100,9 +102,13 @@ def target_loss(
     if count == 0:
         raise DataError(f"there is no target token in {len(examples)} examples, so there is no loss")
     if hasattr(model, "peft_config"):  # it may put tokens of its own before the text: through its own forward
-        losses = row_losses(model, examples, pad_token_id=pad_token_id, capacity=capacity, progress=progress)
+        room = capacity or PASS_TOKENS
+        losses = row_losses(model, examples, pad_token_id=pad_token_id, capacity=room, progress=progress)
         return sum(losses) / count, count
     base = model.base_model if has_prefix(model) else model
+    if capacity is None:
+        ids, first_targets = zip(*((e.input_ids, first_target(e.labels)) for e in examples), strict=True)
+        capacity = default_capacity(ids, first_targets, packing=packing and not packs(base))
     rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels), e.aims) for e in examples]
     total = 0.0
     with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(rows)) as advance:

@@ -29,6 +29,7 @@ __all__ = [
     "Passes",
     "RowTokens",
     "common_start",
+    "default_capacity",
     "first_target",
     "group_rows",
     "pack_rows",
@@ -85,8 +86,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         >>> pack_rows([5, 9, 4, 1], 10)
         [[1, 3], [0, 2]]
     """
-    if lengths and max(lengths) > capacity:
-        raise ConfigError(f"a row of {max(lengths)} tokens does not fit a pack of {capacity}")
+    _check_fit(lengths, capacity)
     packs_: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens that are free, pack), ascending
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -97,6 +97,11 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         packs_[pack].append(row)
         bisect.insort(room, (free - lengths[row], pack))
     return packs_
+
+
+def _check_fit(lengths: Sequence[int], capacity: int) -> None:
+    if lengths and max(lengths) > capacity:
+        raise ConfigError(f"a row of {max(lengths)} tokens does not fit a pack of {capacity}")
 
 
 def group_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -139,6 +144,18 @@ def common_start(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int]) -
     return found if found >= FEWEST else 0
 
 
+def default_capacity(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int], *, packing: bool) -> int:
+    """Tokens of a pass of such rows, unless someone says: PASS_TOKENS of their own, beside what all of them
+    begin with where they are packed; the longest row's at least.
+
+    Example:
+        >>> default_capacity([(*range(1, 701), 801), (*range(1, 701), 802)], [700, 700], packing=True)
+        1211
+    """
+    common = common_start(ids, first_targets) if packing else 0
+    return max(common + PASS_TOKENS, *map(len, ids))
+
+
 def planned(
     model: Any, lengths: Sequence[int], capacity: int, *, packing: bool, common: int = 0
 ) -> list[list[int]]:
@@ -156,6 +173,8 @@ def planned(
 
 def share_passes(lengths: Sequence[int], capacity: int, *, packing: bool, common: int = 0) -> list[list[int]]:
     """As `planned`, for rows that a model's rotary turns alike."""
+    if packing:
+        _check_fit(lengths, capacity)
     plan = pack_rows if packing else group_rows
     return plan([length - common for length in lengths], capacity - common)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prefixtune.attachment import attach_pairs, multiply_once, supported
 from prefixtune.config import PrefixConfig
-from prefixtune.errors import AttachError, ConfigError, StorageError
+from prefixtune.errors import AttachError, ConfigError, StorageError, UnsupportedModelError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.geometry import Geometry, compute_dtype, text_config
 from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise
@@ -187,6 +187,11 @@ class PrefixModel(nn.Module):
             )
         function["use_reentrant"] = False
         base: Any = self.base_model
+        if not getattr(base, "supports_gradient_checkpointing", True):
+            raise UnsupportedModelError(
+                f"{base.config.model_type} models cannot recompute activations",
+                hint="leave gradient checkpointing out",
+            )
         if hasattr(base, "activation_checkpointing_enable"):  # renamed within transformers 5
             base.activation_checkpointing_enable(activation_checkpointing_kwargs=function, **options)
         else:

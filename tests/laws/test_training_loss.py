@@ -14,8 +14,17 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach_pairs, packed
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
 from prefixtune.chunked import _divergence_, chunked_cross_entropy, chunked_divergence
-from prefixtune.errors import AttachError
-from prefixtune.loss import Passes, RowTokens, common_start, first_target, group_rows, pack_rows
+from prefixtune.errors import AttachError, ConfigError
+from prefixtune.loss import (
+    PASS_TOKENS,
+    Passes,
+    RowTokens,
+    common_start,
+    default_capacity,
+    first_target,
+    group_rows,
+    pack_rows,
+)
 
 LENGTHS = (9, 4, 12, 1, 7)
 PREFIX = 5
@@ -391,6 +400,31 @@ def test_packs_hold_every_row_once_and_never_more_than_their_capacity():
         size = max(lengths[row] for row in group) * len(group)
         assert size <= 512
         assert sum(lengths[row] for row in group) >= 0.75 * size
+
+
+def test_a_row_that_does_not_fit_is_told_with_all_its_tokens():
+    base, start = tiny_model("llama"), torch.arange(60) % VOCAB
+    rows = [RowTokens(ids, ids) for ids in (torch.cat([start, row.input_ids]) for row in rows_of((50, 20)))]
+    for row in rows:
+        row.labels[:70] = -100
+    with pytest.raises(ConfigError, match="a row of 110 tokens does not fit a pack of 100"):
+        Passes.of(base, capacity=100, pad_token_id=0).plan(rows)
+
+
+@pytest.mark.parametrize("common", [0, 100, 420, 2000])
+def test_a_pass_has_room_for_as_many_tokens_behind_a_long_beginning(common):
+    start = torch.randint(3, VOCAB, (common,), generator=torch.Generator().manual_seed(4))
+    own = rows_of((40, 60, 80, 100, 40, 60, 80, 100))
+    rows = [
+        RowTokens(torch.cat([start, row.input_ids]), torch.cat([-100 + 0 * start, row.labels])) for row in own
+    ]
+    ids = [tuple(row.input_ids.tolist()) for row in rows]
+    capacity = default_capacity(ids, [first_target(row.labels.tolist()) for row in rows], packing=True)
+    assert capacity == PASS_TOKENS + common_start(ids, [first_target(row.labels.tolist()) for row in rows])
+    assert (
+        len(Passes.of(tiny_model("llama"), capacity=capacity, pad_token_id=0).plan(rows)) == 2
+    )  # 560 tokens
+    assert default_capacity(ids, [common] * 8, packing=False) == max(PASS_TOKENS, common + 100)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

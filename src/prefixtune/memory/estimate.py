@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,15 +180,13 @@ def estimate(
     if advise is False or (advise is None and found.fits):
         return found
 
-    def with_changes(*changes: Change) -> Advice | None:
-        """What they bring together; None where it is nothing, or the model cannot have them."""
+    def tried(changes: Sequence[Change]) -> Estimate | None:
+        """With these changes; None where the model cannot have them."""
         values: dict[str, Any] = {}
-        options: dict[str, str] = {}  # each as it was last
-        for names, changed in changes:
+        for _, changed in changes:
             values |= changed
-            options |= {name.split()[0]: name for name in names}
         try:
-            other = estimate(
+            return estimate(
                 base,
                 replace(setup, **values),
                 available=available,
@@ -198,39 +196,63 @@ def estimate(
                 so_far=so_far,
                 advise=False,
             )
-        except (PrefixTuneError, ValueError):  # experts are not quantised; not all layers are checkpointed
+        except PrefixTuneError:  # experts are not quantised; not all layers are checkpointed
             return None
-        if other.peak >= found.peak:
-            return None
+
+    def advice(changes: Sequence[Change], other: Estimate) -> Advice:
+        options = {name.split()[0]: name for names, _ in changes for name in names}  # each as it was last
         return Advice(
             change=" ".join(options.values()),
             peak_bytes=other.peak,
             fits=other.fits,
-            while_loading=other.peak == other.loading,
+            while_loading=not so_far and other.peak == other.loading,
         )
 
-    helpful = [(change, with_changes(change)) for change in (*_same_result(setup), *_other_result(setup))]
-    alone = [one for _, one in helpful if one is not None]
-    changes = [change for change, one in helpful if one is not None]
-    # packing weights may take more than it saves: whole ones are read before
-    plain = [change for change in changes if "quantize" not in change[1]]
-    together = [with_changes(*some) for some in (changes, plain) if len(some) > 1]
-    lowest = min((one.peak_bytes for one in alone), default=0)
-    better = [one for one in together if one is not None and one.peak_bytes < lowest]
-    best = sorted(better, key=lambda one: one.peak_bytes)[:1]
+    each = [(change, tried([change])) for change in (*_same_result(setup), *_other_result(setup))]
+    possible = [change for change, other in each if other is not None]
+    alone = [advice([change], other) for change, other in each if other and other.peak < found.peak]
+    if any(one.fits for one in alone):
+        return replace(found, advice=tuple(alone))
+    together = _together(possible, tried)
+    lowest = min((one.peak_bytes for one in alone), default=found.peak)
+    best = [advice(*together)] if together and together[1].peak < lowest else []
     return replace(found, advice=(*alone, *best))
 
 
+def _together(
+    changes: Sequence[Change], tried: Callable[[Sequence[Change]], Estimate | None]
+) -> tuple[Sequence[Change], Estimate] | None:
+    """As few of several changes as fit, or, where all do not, as few as bring the most.
+
+    Those that do nothing alone count: where two peaks are alike, it takes a change for each.
+    """
+    plain = [change for change in changes if "quantize" not in change[1]]
+    # packing weights may take more than it saves: whole ones are read before
+    choices = [changes] if len(plain) == len(changes) else [changes, plain]
+    made = [(some, other) for some in choices if len(some) > 1 and (other := tried(some)) is not None]
+    if not made:
+        return None
+    some, lowest = min(made, key=lambda one: one[1].peak)
+    for change in reversed(changes):  # first those that change the result
+        fewer = [one for one in some if one is not change]
+        other = tried(fewer) if 0 < len(fewer) < len(some) else None
+        if other is not None and (other.peak <= lowest.peak or (other.fits and lowest.fits)):
+            some, lowest = fewer, other
+    return some, lowest
+
+
 def sampling_bytes(base: nn.Module, setup: Setup) -> int:
-    """Bytes beside weights and prefix while the base writes the neutral texts: their keys and values, and
-    logits with the probabilities that a token is drawn by."""
+    """Bytes beside weights and prefix while the base writes the neutral texts: their keys and values, logits
+    with the probabilities that a token is drawn by, and a quantised layer that is unpacked."""
     if not setup.sampled_rows:
         return 0
     numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in Geometry.probe(base).layers)
     cache = setup.sampled_rows * max(setup.neutral_lengths) * numbers * setup.dtype.itemsize
     vocabulary: int = text_config(base).vocab_size
     logits = setup.sampled_rows * vocabulary * (setup.dtype.itemsize + 3 * torch.float32.itemsize)
-    return round((cache + logits) * (1 + (CPU_SLACK if torch.device(setup.device).type == "cpu" else 0)))
+    unpacked = 0 if setup.quantize is None else 2 * saved_bytes(base, setup.quantize, setup.dtype)[1]
+    slack = CPU_SLACK if torch.device(setup.device).type == "cpu" else 0
+    return round((cache + logits + unpacked) * (1 + slack))
 
 
 def reading_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from prefixtune.prefix import LayerKV, Prefix, PrefixKV
 from prefixtune.quantize import saved_bytes
 
 __all__ = ["Setup", "StepBytes", "measure_step", "pass_tokens", "rows_of", "training_step", "without_weights"]
+
+
+_MEASURED: WeakKeyDictionary[nn.Module, dict[Setup, StepBytes]] = WeakKeyDictionary()
 
 
 def pass_tokens(lengths: Sequence[int], common: int, *, packing: bool) -> int:
@@ -159,6 +163,19 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
     Raises:
         UnsupportedModelError: the model cannot carry a prefix.
     """
+    plain = replace(setup, quantize=None, sampled_rows=0)  # advice asks for the same step again and again
+    known = _MEASURED.setdefault(base, {})
+    if plain not in known:
+        known[plain] = _measure(base, plain)
+    step = known[plain]
+    if setup.quantize is None:
+        return step
+    saved, unpacked = saved_bytes(base, setup.quantize, setup.dtype)
+    room = step.activations + 2 * unpacked  # a layer is unpacked in two steps
+    return replace(step, weights=step.weights - saved, activations=room)
+
+
+def _measure(base: nn.Module, setup: Setup) -> StepBytes:
     vocabulary = text_config(base).vocab_size
     tracker = LiveBytes({"logits": lambda tensor: tensor.dim() > 1 and tensor.shape[-1] == vocabulary})
     geometry = Geometry.probe(base)
@@ -187,9 +204,6 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
             with torch.no_grad():
                 evaluation_step(model, setup)
     beyond = tracker.peak - weights - prefix - state - gradients
-    if setup.quantize is not None:
-        saved, unpacked = saved_bytes(base, setup.quantize, setup.dtype)
-        weights, beyond = weights - saved, beyond + 2 * unpacked  # a layer is unpacked in two steps
     logits = min(beyond, tracker.peak_of["logits"])
     return StepBytes(
         weights=weights,

@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefixtune.attachment import packs
 from prefixtune.config import PrefixConfig, TrainConfig, check_damping
 from prefixtune.data import Example
 from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
-from prefixtune.loss import PASS_TOKENS
+from prefixtune.loss import default_capacity, first_target
 from prefixtune.progress import note
 from prefixtune.rotary import rotary_change
 
@@ -199,13 +200,13 @@ def resolve(
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
-        "packing_length": packing_length_for(config, examples),
+        "packing_length": packing_length_for(config, examples, base.model),
         "rows": digest(examples),
         "processes": processes,
     }
 
 
-def packing_length_for(config: TrainConfig, examples: list[Example]) -> int:
+def packing_length_for(config: TrainConfig, examples: list[Example], model: Any) -> int:
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = len(longest.input_ids)
     if config.packing_length is not None and needed > config.packing_length:
@@ -213,7 +214,11 @@ def packing_length_for(config: TrainConfig, examples: list[Example]) -> int:
             f"{longest.origin}: {needed} tokens do not fit a pass of packing_length {config.packing_length}",
             hint=f"use --packing-length {needed}, or --max-length {config.packing_length}",
         )
-    return config.packing_length or max(PASS_TOKENS, needed)
+    if config.packing_length is not None:
+        return config.packing_length
+    packing = config.packing and not packs(model)
+    first_targets = [first_target(example.labels) for example in examples]
+    return default_capacity([example.input_ids for example in examples], first_targets, packing=packing)
 
 
 def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int) -> float:

@@ -13,7 +13,7 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import LoadedBase, empty_model, load_tokenizer, placement, weight_files
-from prefixtune.loss import PASS_TOKENS, common_start, first_target, share_passes
+from prefixtune.loss import PASS_TOKENS, common_start, default_capacity, first_target, share_passes
 from prefixtune.memory import (
     Estimate,
     Setup,
@@ -58,9 +58,10 @@ def setup_of(
     device: str,
 ) -> Setup:
     """What `prefixtune.memory` has to know of a run; `packing`: whether its rows can be packed."""
-    lengths = [len(example.input_ids) for example in examples]
-    capacity = max(*lengths, config.packing_length or PASS_TOKENS)
     rows = _Rows(examples, packing=packing)
+    lengths = rows.lengths
+    room = config.packing_length or default_capacity(rows.ids, rows.first_targets, packing=packing)
+    capacity = max(*lengths, room)
     passes, several = _passes(rows, config, capacity)
     largest = max(passes, key=rows.size)
     common = rows.common(largest)
@@ -182,7 +183,7 @@ def forecast_for(
     if found[0]:  # what a run would refuse
         empty = LoadedBase(model=base, tokenizer=tokenizer, name=model, dtype_reason="")
         check_lengths(empty, prefix, [*found[0], *found[1]])
-        packing_length_for(config, found[0])
+        packing_length_for(config, found[0], base)
     setup = setup_of(
         config,
         prefix,
