@@ -212,7 +212,7 @@ def _peer(
         examples,
         cell.method.peer,
         shared=shared,
-        steps=planned_steps(shared, len(examples)),
+        steps=planned_steps(shared, [example.target_tokens for example in examples]),
         output=folder,
         length=prefix.length,
         like=count_parameters(Geometry.probe(base.model), prefix) if cell.method.of == "lora" else None,

@@ -51,7 +51,7 @@ class Forecast:
         if cell.method.trains:
             examples = self.rows.first(cell.rows)
             shared = TrainConfig(**config.schedule)
-            passes = planned_epochs(shared, len(examples))
+            passes = planned_epochs(shared, [example.target_tokens for example in examples])
             if shared.max_steps:
                 passes = shared.max_steps * shared.per_device_train_batch_size / len(examples)
             trained = sum(len(example.input_ids) for example in examples)

@@ -217,7 +217,8 @@ def peer_trainer(
     batch = shared.per_device_train_batch_size
     packs = Passes.of(base.model, capacity=PASS_TOKENS, pad_token_id=pad_token_id).packing
     model = peer_model(of, base.model, settings, length=length, like=like, start=start)
-    warmup, epochs = warmup_steps_for(settings.warmup_ratio, steps), planned_epochs(shared, len(examples))
+    warmup = warmup_steps_for(settings.warmup_ratio, steps)
+    epochs = planned_epochs(shared, [example.target_tokens for example in examples])
     return PeerTrainer(
         model=model,
         args=_arguments(settings, shared, output, epochs=epochs, warmup_steps=warmup),

@@ -44,6 +44,8 @@ SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
 # where two make next to none (docs/defaults.md).
 EPOCHS, MANY_STEPS = 2, 500
 FEWEST_STEPS, MOST_EPOCHS = 14, 4
+# Rows whose targets are labels have little to learn by heart, and few targets in a step
+LABELS, FEWEST_LABEL_STEPS, MOST_LABEL_EPOCHS = 10, 50, 8
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
@@ -191,11 +193,12 @@ def resolve(
 ) -> dict[str, Any]:
     """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
     hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
-    steps = planned_steps(config, len(examples), processes)
+    targets = [example.target_tokens for example in examples]
+    steps = planned_steps(config, targets, processes)
     damping = _token_damping(config, prefix, steps)
     return {
         "steps": steps,
-        "epochs": planned_epochs(config, len(examples), processes),
+        "epochs": planned_epochs(config, targets, processes),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size, damping),
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
@@ -238,26 +241,34 @@ def default_learning_rate(config: PrefixConfig, hidden_size: int, damping: float
     return float(f"{PROJECTION_LEARNING_RATE * math.sqrt(AT_HIDDEN_SIZE / hidden_size):.2g}")
 
 
-def planned_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
+def planned_steps(config: TrainConfig, targets: Sequence[int], processes: int = 1) -> int:
+    """Optimizer steps of a run; `targets` as for `planned_epochs`."""
     if config.max_steps:
         return config.max_steps
-    epochs = planned_epochs(config, rows, processes)
-    return max(1, math.ceil(epochs * _steps_of_an_epoch(config, rows, processes)))
+    epochs = planned_epochs(config, targets, processes)
+    return max(1, math.ceil(epochs * _steps_of_an_epoch(config, len(targets), processes)))
 
 
-def planned_epochs(config: TrainConfig, rows: int, processes: int = 1) -> float:
-    """Passes over so many rows: given, or two; one where that makes many steps, more where two make few.
+def planned_epochs(config: TrainConfig, targets: Sequence[int], processes: int = 1) -> float:
+    """Passes over the rows: given, or two; one where that makes many steps, more where two make few.
+
+    Args:
+        targets: target tokens of each row. Where they are few (labels), few steps are more.
 
     Example:
-        >>> [planned_epochs(TrainConfig(), rows) for rows in (20, 50, 2000, 4000)]
+        >>> [planned_epochs(TrainConfig(), [30] * rows) for rows in (20, 50, 2000, 4000)]
         [4.0, 2.0, 2.0, 1.0]
+        >>> [planned_epochs(TrainConfig(), [3] * rows) for rows in (20, 100, 2000)]
+        [8.0, 4.0, 2.0]
     """
     if config.num_train_epochs is not None:
         return config.num_train_epochs
-    steps = _steps_of_an_epoch(config, rows, processes)
+    steps = _steps_of_an_epoch(config, len(targets), processes)
     if steps >= MANY_STEPS:
         return 1.0
-    return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps))))
+    labels = sum(targets) <= LABELS * len(targets)
+    fewest, most = (FEWEST_LABEL_STEPS, MOST_LABEL_EPOCHS) if labels else (FEWEST_STEPS, MOST_EPOCHS)
+    return float(max(EPOCHS, min(most, math.ceil(fewest / steps))))
 
 
 def warmup_steps_for(ratio: float, steps: int) -> int:

@@ -97,6 +97,7 @@ class _Rows:
         self.ids = [example.input_ids for example in examples]
         self.first_targets = [first_target(example.labels) for example in examples]
         self.lengths, self.packing = [len(ids) for ids in self.ids], packing
+        self.targets = [example.target_tokens for example in examples]
 
     def common(self, rows: Sequence[int]) -> int:
         if not self.packing:
@@ -120,7 +121,7 @@ def _passes(rows: _Rows, config: TrainConfig, capacity: int) -> tuple[list[list[
     """
     batch = config.per_device_train_batch_size
     several = config.gradient_accumulation_steps > 1
-    left = min(LOOKED_AT, planned_steps(config, len(rows.lengths)) * config.gradient_accumulation_steps)
+    left = min(LOOKED_AT, planned_steps(config, rows.targets) * config.gradient_accumulation_steps)
     sampler = LengthGroupedSampler(rows.lengths, 1 if rows.packing else batch, seed=config.seed)
     passes: list[list[int]] = []
     while left > 0:
