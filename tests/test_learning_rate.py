@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,34 @@ def test_a_test_that_ended_early_has_the_rates_that_it_came_to() -> None:
 )
 def test_a_loss_that_fell_up_to_the_highest_rate_is_seen(gains: list[float], falling: bool) -> None:
     assert read([1.0, 2.0, 3.0, 4.0], gains).still_falling == falling
+
+
+@pytest.mark.parametrize(
+    ("turns", "after", "falling"),
+    [
+        (47, 0.0, True),
+        (40, 0.1, False),  # a twentieth of the gain is lost in each step
+        (36, 0.05, False),
+        (24, 0.05, False),
+    ],
+)
+def test_the_noise_of_batches_does_not_decide_whether_a_loss_fell(
+    turns: int, after: float, falling: bool
+) -> None:
+    curve = [-2 * min(step / turns, 1) + after * max(step - turns, 0) for step in range(STEPS)]
+    seen = []
+    for seed in range(50):
+        noise = random.Random(seed)
+        gains = [gain + noise.gauss(0, 0.2) for gain in curve]  # a tenth of what is learnt
+        seen.append(read([1.0] * STEPS, gains).still_falling == falling)
+    assert sum(seen) >= 48
+
+
+def test_a_last_batch_that_was_hard_does_not_hide_that_the_loss_fell() -> None:
+    gains = [-2 * step / (STEPS - 1) for step in range(STEPS)]
+    for last in range(1, 4):
+        noisy = [*gains[:-last], *(gain + 0.3 for gain in gains[-last:])]
+        assert read([1.0] * STEPS, noisy).still_falling
 
 
 @pytest.mark.parametrize(("above", "falling"), [(BELOW * 2, True), (ABOVE * 100, False)])

@@ -21,7 +21,7 @@ import transformers as hf
 from click.testing import CliRunner, Result
 from packaging.version import Version
 
-from families import FAMILIES, tiny_model
+from families import COMMON, FAMILIES, randomised, tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import packed, packs
 from prefixtune.cli import main
@@ -46,6 +46,7 @@ from prefixtune.memory.step import evaluation_step, training_step
 from prefixtune.quantize import QuantizedLinear
 from prefixtune.train import trainer_for
 from prefixtune.train.forecast import check_weights, forecast_for, setup_of
+from prefixtune.weights import made_anew, stored_tensors
 from tokenizers_for_tests import byte_tokenizer
 
 MIB, GIB = 2**20, 2**30
@@ -569,24 +570,59 @@ def test_estimate_refuses_rows_that_train_refuses(tmp_path: Path, limit: str) ->
     assert found == expected
 
 
-@pytest.mark.parametrize("family", ["mixtral", "llama"])
-def test_a_file_of_which_little_is_used_does_not_stay_in_memory(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "stored", "read"),
+    [
+        ("mixtral", "float32", "float32"),
+        ("llama", "float32", "float32"),
+        ("glm4_moe", "float32", "float32"),
+        ("glm4_moe", "bfloat16", "float32"),
+        ("glm4_moe", "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_file_of_which_little_is_used_does_not_stay_in_memory(
+    tmp_path: Path, family: str, stored: str, read: str
+) -> None:
     """transformers merges the matrices of experts; what it takes as it is would keep the file mapped."""
     path = tmp_path / "model"
-    model = tiny_model(family)
+    model = routed(getattr(torch, stored)) if family == "glm4_moe" else tiny_model(family)
     model.save_pretrained(path)
-    merged = family == "mixtral"
-    base = load_base(str(path), dtype="float32", device="cpu").model
+    merged = family != "llama"
+    base = load_base(str(path), dtype=read, device="cpu").model
     maps = Path("/proc/self/maps").read_text() if sys.platform == "linux" else ""
     assert (str(path / "model.safetensors") in maps) == (not merged and bool(maps))
     for name, tensor in model.state_dict().items():
-        assert torch.equal(base.state_dict()[name], tensor), name
+        assert torch.equal(base.state_dict()[name], tensor.to(base.state_dict()[name].dtype)), name
     size = (path / "model.safetensors").stat().st_size
     weights = sum(p.nbytes for p in base.parameters()) + sum(b.nbytes for b in base.buffers())
     empty, files = empty_model(str(path)), weight_files(str(path))
-    found = reading_bytes(empty, torch.float32, device="cpu", files=files)
+    found = reading_bytes(empty, getattr(torch, read), device="cpu", files=files)
     assert found == weights + (size if merged else 0)
-    assert reading_bytes(empty, torch.bfloat16, device="cpu", files=files) > size
+    if stored == "float32":
+        assert reading_bytes(empty, torch.bfloat16, device="cpu", files=files) > size
+
+
+def routed(dtype: torch.dtype) -> Any:
+    """A mixture of experts as GLM-4.5 is stored: its router has a buffer, which is float32 in any case."""
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}
+    sizes = {"head_dim": 8, "moe_intermediate_size": 48, "first_k_dense_replace": 0, "topk_group": 1}
+    model = randomised(hf.Glm4MoeConfig(**COMMON, **experts, **sizes), dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = torch.randn(buffer.shape)
+    return model
+
+
+def test_masks_that_are_never_saved_are_no_reason_to_copy_a_file(tmp_path: Path) -> None:
+    config = hf.GPTNeoConfig(
+        vocab_size=64, hidden_size=8, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
+    )
+    model = randomised(config)
+    assert sum(b.numel() for b in model.buffers()) > sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    base, files = load_base(str(tmp_path), dtype="float32", device="cpu").model, weight_files(str(tmp_path))
+    assert made_anew(base, stored_tensors(files)) == 0
+    assert made_anew(empty_model(str(tmp_path)), stored_tensors(files), torch.float32) == 0
 
 
 def test_a_large_tokenizer_is_no_part_of_the_peak_while_loading(

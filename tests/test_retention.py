@@ -14,7 +14,9 @@ from families import tiny_model
 from prefixtune import PrefixModel
 from prefixtune.cli import main
 from prefixtune.load import load_base
+from prefixtune.memory import Estimate
 from prefixtune.storage import read_info
+from prefixtune.train.forecast import forecast
 from prefixtune.train.retention import Retention, sample_texts
 from tokenizers_for_tests import byte_tokenizer
 
@@ -87,6 +89,39 @@ def test_resumed_run_has_the_same_text_and_ends_with_the_same_bits(place: Path, 
     train(place, tmp_path / "run", "--retain", 1, "--save-steps", 4, "--resume")
     assert (tmp_path / "run" / "retention.json").read_text() == texts
     assert read_info(tmp_path / "run")["sha256"] == whole
+
+
+def test_sampling_is_estimated_where_texts_are_to_be_sampled_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed has its texts: what sampling them takes is no reason to refuse it."""
+    found: list[Estimate | None] = []
+
+    def kept(*args: Any, **options: Any) -> Estimate | None:
+        found.append(forecast(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr("prefixtune.train.session.forecast", kept)
+    run = tmp_path / "run"
+
+    def train_again(*more: Any, without: str = "") -> int:
+        for name in filter(None, ("prefix.json", without)):
+            (run / name).unlink()
+        train(place, run, "--retain", 1, *more)
+        estimated = found[-1]
+        assert estimated is not None
+        assert estimated.setup.neutral_lengths  # which each step has in any case
+        return estimated.sampling
+
+    train(place, run, "--retain", 1)
+    assert found[-1] is not None
+    assert found[-1].sampling > 0
+    assert train_again("--resume") == 0
+    assert train_again("--resume", without="retention.json") > 0  # killed before they were written
+    assert train_again("--overwrite") > 0
+    line = ["estimate", "--model", place / "model", "--data", place / "rows.json", "--retain", 1, "--json"]
+    told = CliRunner().invoke(main, [*map(str, line)])
+    assert json.loads(told.stdout)["sampling_peak_bytes"] > 0
 
 
 def test_divergence_is_logged_beside_the_loss(place: Path, tmp_path: Path) -> None:

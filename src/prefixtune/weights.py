@@ -28,29 +28,36 @@ def stored_tensors(files: Sequence[Path]) -> Tensors:
     return found
 
 
-def made_anew(model: nn.Module, stored: Tensors, dtype: torch.dtype) -> float:
-    """The share of a model's numbers that no file holds as they are in `dtype`.
+def made_anew(model: nn.Module, stored: Tensors, dtype: torch.dtype | None = None) -> float:
+    """The share of a model's numbers that no file holds as they are.
 
     The others are pages of the mapped file. transformers merges matrices while it reads them, those of a
     mixture's experts for one, and what is merged is new memory beside the file.
+
+    Args:
+        dtype: the precision that a model without weights will be read in; else each tensor has its own.
     """
-    sizes = [(parameter.numel(), tuple(parameter.shape)) for parameter in model.parameters()]
-    new = sum(size for size, shape in sizes if (shape, dtype) not in stored)
-    return new / max(1, sum(size for size, _ in sizes))
+    saved = model.state_dict().keys()  # a mask that is never saved may be large, and says nothing of a file
+    tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
+    new = sum(t.numel() for t in tensors if (tuple(t.shape), dtype or t.dtype) not in stored)
+    return new / max(1, sum(t.numel() for t in tensors))
 
 
 def let_go_of(model: nn.Module, files: Sequence[Path]) -> None:
     """Copy what a model on the CPU has of mapped files, where most of these is mapped for nothing.
 
-    A file stays in memory as a whole while one tensor of it is used. Nothing is done where all tensors are
-    used as they are, or none.
+    A file stays in memory as a whole while one tensor of it is used, be it a router's buffer. Nothing is
+    done where nearly all tensors are used as they are.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return
     stored = stored_tensors(files)
-    dtype = next(model.parameters()).dtype
-    if not LITTLE < made_anew(model, stored, dtype) < 1:
+    if made_anew(model, stored) <= LITTLE:
         return
     for parameter in model.parameters():
         if (tuple(parameter.shape), parameter.dtype) in stored:
             parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if (tuple(buffer.shape), buffer.dtype) in stored:
+                setattr(module, name, buffer.clone())  # with new `data` its base would still be the file's

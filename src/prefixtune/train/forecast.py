@@ -56,8 +56,14 @@ def setup_of(
     packing: bool,
     dtype: torch.dtype,
     device: str,
+    texts_kept: bool = False,
 ) -> Setup:
-    """What `prefixtune.memory` has to know of a run; `packing`: whether its rows can be packed."""
+    """What `prefixtune.memory` has to know of a run.
+
+    Args:
+        packing: whether its rows can be packed.
+        texts_kept: its folder has the neutral texts already, so that none are sampled.
+    """
     rows = _Rows(examples, packing=packing)
     lengths = rows.lengths
     room = config.packing_length or default_capacity(rows.ids, rows.first_targets, packing=packing)
@@ -86,7 +92,7 @@ def setup_of(
         eval_common=eval_rows.common(eval_largest),
         aims=examples[0].aims is not None,
         neutral_lengths=(TOKENS,) * PER_STEP if config.retain else (),
-        sampled_rows=BATCH if config.retain else 0,
+        sampled_rows=BATCH if config.retain and not texts_kept else 0,
     )
 
 

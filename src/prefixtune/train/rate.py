@@ -36,6 +36,8 @@ BELOW, ABOVE = 1 / 30, 10.0  # the rates that are tried, as multiples of the def
 SMOOTHED = 0.8  # weight of what came before in the running mean of the gains
 MOST = 0.8  # of the largest gain
 DIVERGED = 1.0  # nats above the lowest running mean: the test ends
+# of the steps, and of the largest gain: a smaller rise of the mean at the end may be one batch's
+LAST, NEAR = 1 / 12, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,10 @@ class RangeTest:
 
     @property
     def still_falling(self) -> bool:
-        """Whether the lowest mean is that of the last step, so that a higher rate may be better."""
-        return _lowest(self.smoothed) == len(self.smoothed) - 1
+        """Whether the mean is lowest in the last steps and ends near that: a higher rate may be better."""
+        lowest, steps = _lowest(self.smoothed), len(self.smoothed)
+        allowed = self.smoothed[lowest] + NEAR * abs(self.smoothed[lowest])
+        return lowest >= steps - max(1, round(LAST * steps)) and self.smoothed[-1] <= allowed
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -35,6 +35,7 @@ from prefixtune.train.build import add_retention, make_trainer
 from prefixtune.train.defaults import check_lengths, check_options, digest, prefix_config_of, resolve
 from prefixtune.train.folder import (
     RATES,
+    RETENTION,
     check_resumed,
     finished,
     in_use,
@@ -214,6 +215,7 @@ def train_examples(
         packing=trainer.passes.packing,
         dtype=base.model.dtype,
         device=str(base.model.device),
+        texts_kept=resume and (output / RETENTION).exists(),  # of a run that is replaced they go
     )
     estimate = forecast(prefix_model, setup, force=force)
     if config.find_learning_rate and not resume:
