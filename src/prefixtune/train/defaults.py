@@ -45,7 +45,7 @@ SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
 EPOCHS, MANY_STEPS = 2, 500
 FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # Rows whose targets are labels have little to learn by heart, and few targets in a step
-LABELS, FEWEST_LABEL_STEPS, MOST_LABEL_EPOCHS = 10, 50, 8
+LABELS, FEWEST_LABEL_STEPS = 10, 50
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
@@ -259,7 +259,7 @@ def planned_epochs(config: TrainConfig, targets: Sequence[int], processes: int =
         >>> [planned_epochs(TrainConfig(), [30] * rows) for rows in (20, 50, 2000, 4000)]
         [4.0, 2.0, 2.0, 1.0]
         >>> [planned_epochs(TrainConfig(), [3] * rows) for rows in (20, 100, 2000)]
-        [8.0, 4.0, 2.0]
+        [4.0, 4.0, 2.0]
     """
     if config.num_train_epochs is not None:
         return config.num_train_epochs
@@ -267,8 +267,8 @@ def planned_epochs(config: TrainConfig, targets: Sequence[int], processes: int =
     if steps >= MANY_STEPS:
         return 1.0
     labels = sum(targets) <= LABELS * len(targets)
-    fewest, most = (FEWEST_LABEL_STEPS, MOST_LABEL_EPOCHS) if labels else (FEWEST_STEPS, MOST_EPOCHS)
-    return float(max(EPOCHS, min(most, math.ceil(fewest / steps))))
+    fewest = FEWEST_LABEL_STEPS if labels else FEWEST_STEPS
+    return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(fewest / steps))))
 
 
 def warmup_steps_for(ratio: float, steps: int) -> int:
