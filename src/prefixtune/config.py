@@ -252,7 +252,8 @@ class TrainConfig(_Config):
     num_train_epochs: float | None = option(
         None,
         "passes over the training rows, unless --max-steps is given; 2 by default, 1 where that alone makes "
-        "500 steps, up to 4 where 2 make fewer than 14",
+        "500 steps, up to 4 where 2 make fewer than 14, or fewer than 50 and rows have 10 target tokens or "
+        "fewer on average",
     )
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
     per_device_train_batch_size: int = option(
