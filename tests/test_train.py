@@ -180,6 +180,22 @@ def test_killed_run_resumed_ends_with_the_same_bits(place: Path, copied: Any) ->
     assert bits(cut / "best") == bits(whole / "best")
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_killed_run_goes_on_with_options_that_take_less_memory(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    longest = json.loads((cut / "run.json").read_text())["resolved"]["packing_length"]
+    assert longest == 512
+    less = ["--gradient-checkpointing", "--packing-length", 300]
+    result = succeed(*options(place, cut, *more, *less, "--resume"))
+    assert "gradient_checkpointing, packing_length: not as the run was begun" in result.stderr
+    record = json.loads((cut / "run.json").read_text())
+    assert record["resolved"]["packing_length"] == 300
+    assert record["asked"]["train_config"]["gradient_checkpointing"] is True
+    first, second = (load_file(folder / "prefix.safetensors") for folder in (whole, cut))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_killed_run_resumed_reports_what_the_whole_run_reports(place: Path, copied: Any) -> None:
     whole, cut, more = copied
     succeed(*options(place, cut, *more, "--resume"))

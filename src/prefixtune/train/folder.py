@@ -54,6 +54,10 @@ OURS = (
 )  # all that it writes
 
 
+# options that decide memory and time alone: a run that was out of memory goes on with others
+SAME_GRADIENT = ("gradient_checkpointing", "packing_length")
+
+
 def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The recorded run where one is resumed; else None, and the folder may be written by `record_run`.
 
@@ -67,12 +71,15 @@ def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bo
                 f"{output}: no run to resume (there is no {RUN})", hint="leave --resume out to begin one"
             )
         began = _read_record(record)
-        changed = _changed(began["asked"], json.loads(json.dumps(asked)))
+        differing = _changed(began["asked"], json.loads(json.dumps(asked)))
+        changed = [name for name in differing if name not in SAME_GRADIENT]
         if changed:
             raise RunError(
                 f"{output}: the run was begun with other options ({', '.join(changed)})",
                 hint=f"give the options that {record} records, or begin another run",
             )
+        if differing:
+            note(f"{', '.join(differing)}: not as the run was begun; its gradients change by rounding only")
         return began
     if output.exists() and (not output.is_dir() or any(path.name != LOCK for path in output.iterdir())):
         if not overwrite:

@@ -262,7 +262,10 @@ def advice_for(model: PrefixModel, setup: Setup) -> str:
 
     The peak of this process is that of the run that failed, and no floor for another one.
     """
-    again = "--resume goes on from the last checkpoint, where there is one"
+    again = (
+        "--resume goes on from the last checkpoint, where there is one; with it --gradient-checkpointing and "
+        "--packing-length may be others"
+    )
     try:
         return f"{_estimate(model, setup, advise=True, so_far=0).hint}\n{again}"
     except Exception as error:  # starved code fails anywhere, torch's dispatch with a SystemError

@@ -32,7 +32,14 @@ from prefixtune.memory import Estimate, explain_full_memory, measured_peak, read
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.build import add_retention, make_trainer
-from prefixtune.train.defaults import check_lengths, check_options, digest, prefix_config_of, resolve
+from prefixtune.train.defaults import (
+    check_lengths,
+    check_options,
+    digest,
+    packing_length_for,
+    prefix_config_of,
+    resolve,
+)
 from prefixtune.train.folder import (
     RATES,
     RETENTION,
@@ -201,6 +208,8 @@ def train_examples(
     if began:
         resolved = began["resolved"]
         check_resumed(output, resolved, same, processes=processes)
+        if config.packing_length is not None:  # it may be another one now
+            resolved = {**resolved, "packing_length": packing_length_for(config, examples, base.model)}
     else:
         resolved = resolve(config, prefix_config, base, examples, processes=processes)
         resolved |= {name: found for name, (_, found) in same.items()}
@@ -208,7 +217,7 @@ def train_examples(
     prefix_model.record |= {"template": template, "training": None}
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
     setup = setup_of(
-        config,
+        dataclasses.replace(config, packing_length=resolved["packing_length"]),
         prefix_config,
         examples,
         eval_examples or (),
