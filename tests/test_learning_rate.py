@@ -84,6 +84,7 @@ def test_a_loss_that_fell_up_to_the_highest_rate_is_seen(gains: list[float], fal
         (40, 0.1, False),  # a twentieth of the gain is lost in each step
         (36, 0.05, False),
         (24, 0.05, False),
+        (24, 0.0, False),  # flat from there on
     ],
 )
 def test_the_noise_of_batches_does_not_decide_whether_a_loss_fell(
@@ -195,7 +196,8 @@ def test_tokens_of_short_runs_are_damped(
 def test_damping_is_seen_in_the_prefix_and_a_short_run_has_it_by_default(place: Path, tmp_path: Path) -> None:
     found = {}
     for damping in ("default", 0.5, 0):
-        given = [] if damping == "default" else ["--token-damping", damping, "--learning-rate", 7e-2]
+        given: list[Any] = ["--dtype", "float32"]  # what is measured faster may differ from run to run
+        given += [] if damping == "default" else ["--token-damping", damping, "--learning-rate", 7e-2]
         result = train(place, tmp_path / str(damping), *given)
         assert result.exit_code == 0, result.output
         found[damping] = load_file(tmp_path / str(damping) / "prefix.safetensors")

@@ -38,6 +38,7 @@ MOST = 0.8  # of the largest gain
 DIVERGED = 1.0  # nats above the lowest running mean: the test ends
 # of the steps, and of the largest gain: a smaller rise of the mean at the end may be one batch's
 LAST, NEAR = 1 / 12, 0.05
+END, FELL = 1 / 4, 0.15  # of the steps, and of that gain: a smaller fall in so many steps at the end is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,13 @@ class RangeTest:
 
     @property
     def still_falling(self) -> bool:
-        """Whether the mean is lowest in the last steps and ends near that: a higher rate may be better."""
-        lowest, steps = _lowest(self.smoothed), len(self.smoothed)
-        allowed = self.smoothed[lowest] + NEAR * abs(self.smoothed[lowest])
-        return lowest >= steps - max(1, round(LAST * steps)) and self.smoothed[-1] <= allowed
+        """Whether the mean is lowest in the last steps, ends near that and came from above: a higher rate may
+        be better."""
+        place, steps = _lowest(self.smoothed), len(self.smoothed)
+        lowest, gain = self.smoothed[place], abs(self.smoothed[place])
+        before = self.smoothed[steps - 1 - round(END * steps)]
+        last = place >= steps - max(1, round(LAST * steps))
+        return last and self.smoothed[-1] <= lowest + NEAR * gain and before >= lowest + FELL * gain
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
