@@ -63,6 +63,17 @@ def test_target_loss_is_the_mean_over_tokens_not_over_rows_or_batches(make: Any,
     assert tokens == sum(example.target_tokens for example in EXAMPLES)
 
 
+def test_rows_with_a_long_beginning_share_a_pass() -> None:
+    examples = [
+        Example(input_ids=(3,) * 600 + (row, row), labels=(-100,) * 601 + (row,), origin="", truncated=0)
+        for row in range(4, 9)
+    ]
+    model, passes = bare(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: passes.append(given[0].numel()))
+    target_loss(model, examples, pad_token_id=0)
+    assert [tokens for tokens in passes if tokens > 100] == [-(-(600 + 5 * 2) // 32) * 32]
+
+
 def test_target_loss_does_not_depend_on_the_padding_token() -> None:
     losses = {target_loss(bare(), EXAMPLES, pad_token_id=pad)[0] for pad in (0, 7, 200)}
     assert max(losses) - min(losses) < 1e-6

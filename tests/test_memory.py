@@ -45,6 +45,7 @@ from prefixtune.memory.host import group_room
 from prefixtune.memory.step import evaluation_step, training_step
 from prefixtune.quantize import QuantizedLinear
 from prefixtune.train import trainer_for
+from prefixtune.train.defaults import packing_length_for
 from prefixtune.train.forecast import check_weights, forecast_for, setup_of
 from prefixtune.weights import made_anew, stored_tensors
 from tokenizers_for_tests import byte_tokenizer
@@ -420,6 +421,22 @@ def test_a_model_that_cannot_recompute_is_not_advised_to() -> None:
     model = PrefixModel(tiny_model("ctrl"), PrefixConfig(length=2, init="random"))
     with pytest.raises(UnsupportedModelError, match="ctrl models cannot recompute"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize(("family", "room"), [("llama", 512 + 699), ("bloom", 710)])
+def test_a_run_has_room_beside_a_long_beginning_where_it_packs(family: str, room: int) -> None:
+    """As it is estimated, too."""
+    examples = [
+        Example(
+            input_ids=(3,) * 699 + (row,) * 11, labels=(-100,) * 700 + (row,) * 10, origin="", truncated=0
+        )
+        for row in range(4, 12)
+    ]
+    model, config = tiny_model(family), TrainConfig()
+    assert packing_length_for(config, examples, model) == room
+    prefix = PrefixConfig(length=2, init="random")
+    plan = setup_of(config, prefix, examples, packing=family == "llama", dtype=torch.float32, device="cpu")
+    assert plan.tokens == (699 + 8 * 11 if family == "llama" else 710)
 
 
 @pytest.mark.parametrize("common", [0, 13])
