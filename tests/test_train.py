@@ -196,6 +196,18 @@ def test_killed_run_goes_on_with_options_that_take_less_memory(place: Path, copi
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_a_packing_length_that_is_no_longer_given_is_the_default_again(place: Path, copied: Any) -> None:
+    whole, cut, more = copied
+    record = json.loads((cut / "run.json").read_text())
+    record["resolved"]["packing_length"] = record["asked"]["train_config"]["packing_length"] = 300
+    (cut / "run.json").write_text(json.dumps(record))
+    result = succeed(*options(place, cut, *more, "--resume"))
+    assert "packing_length: not as the run was begun" in result.stderr
+    assert json.loads((cut / "run.json").read_text())["resolved"]["packing_length"] == 512
+    assert bits(cut) == bits(whole)
+
+
 def test_killed_run_resumed_reports_what_the_whole_run_reports(place: Path, copied: Any) -> None:
     whole, cut, more = copied
     succeed(*options(place, cut, *more, "--resume"))

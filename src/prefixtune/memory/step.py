@@ -21,6 +21,7 @@ from prefixtune.quantize import saved_bytes
 __all__ = ["Setup", "StepBytes", "measure_step", "pass_tokens", "rows_of", "training_step", "without_weights"]
 
 
+# the step of each base that was measured, by its setup: advice asks for the same ones again and again
 _MEASURED: WeakKeyDictionary[nn.Module, dict[Setup, StepBytes]] = WeakKeyDictionary()
 
 
@@ -163,7 +164,7 @@ def measure_step(base: nn.Module, setup: Setup) -> StepBytes:
     Raises:
         UnsupportedModelError: the model cannot carry a prefix.
     """
-    plain = replace(setup, quantize=None, sampled_rows=0)  # advice asks for the same step again and again
+    plain = replace(setup, quantize=None, sampled_rows=0)  # the first is counted below, the second elsewhere
     known = _MEASURED.setdefault(base, {})
     if plain not in known:
         known[plain] = _measure(base, plain)

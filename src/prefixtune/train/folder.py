@@ -79,7 +79,8 @@ def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bo
                 hint=f"give the options that {record} records, or begin another run",
             )
         if differing:
-            note(f"{', '.join(differing)}: not as the run was begun; its gradients change by rounding only")
+            names = ", ".join(differing)
+            note(f"{names}: not as the run was begun; gradients change by rounding and what dropout draws")
         return began
     if output.exists() and (not output.is_dir() or any(path.name != LOCK for path in output.iterdir())):
         if not overwrite:

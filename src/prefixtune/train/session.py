@@ -208,7 +208,7 @@ def train_examples(
     if began:
         resolved = began["resolved"]
         check_resumed(output, resolved, same, processes=processes)
-        if config.packing_length is not None:  # it may be another one now
+        if config.packing_length != began["asked"]["train_config"].get("packing_length"):
             resolved = {**resolved, "packing_length": packing_length_for(config, examples, base.model)}
     else:
         resolved = resolve(config, prefix_config, base, examples, processes=processes)
