@@ -2,8 +2,8 @@
 
 Run: make bench-gpu, or python bench/gpu.py [--only NAMES] [--steps 8]           on a machine with CUDA
      python bench/gpu.py --device cpu --config small    to try the harness: a tiny model, RSS for bytes
-One fresh process per contestant, one after the other. Writes bench/results/gpu.json and the table in
-docs/memory.md. The weights are random: memory and time do not depend on them.
+One fresh process per contestant; they train one after the other. Writes bench/results/gpu.json and the table
+in docs/memory.md. The weights are random: memory and time do not depend on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def _ours() -> list[Contestant]:
         "nf4": {"quantize": "nf4"},
     }
     batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
-    found = []
+    # what one gets who asks for no batch: the rows of a step side by side
+    found = [Contestant(name="prefixtune-defaults", method="prefixtune", dtype="auto")]
     for projection in (False, True):
         for base, differing in bases.items():
             name = f"prefixtune-{'projection-' if projection else ''}{base}"
@@ -78,10 +80,18 @@ CONTESTANTS = (
 @click.option("--config", type=click.Choice(sorted(CONFIGS)), default="tutorial", show_default=True)
 @click.option("--steps", default=8, show_default=True, help="optimizer steps, of 8 rows each")
 @click.option("--only", help="contestants, with commas between them")
+@click.option(
+    "--loaded",
+    default=1,
+    show_default=True,
+    help="contestants that are loaded at the same time, and wait; more take less time and more memory",
+)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="the results file")
 @click.option("--page", type=click.Path(path_type=Path), help="whose table is replaced")
-def main(device: str, config: str, steps: int, only: str | None, output: Path, page: Path | None) -> None:
-    _check(device, config, steps)
+def main(
+    device: str, config: str, steps: int, only: str | None, loaded: int, output: Path, page: Path | None
+) -> None:
+    _check(device, config, steps, loaded)
     names = [contestant.name for contestant in CONTESTANTS]
     if unknown := sorted(set((only or "").split(",")) - {*names, ""}):
         raise click.UsageError(f"no contestant {', '.join(unknown)}; there are {', '.join(names)}")
@@ -107,9 +117,9 @@ def main(device: str, config: str, steps: int, only: str | None, output: Path, p
     with tempfile.TemporaryDirectory() as folder:
         rows = _write_rows(Path(folder), ROWS_PER_STEP * steps, length, sizes["vocab_size"])
         task = Task(source=sizes, rows=rows, epochs=1, seed=SEED, device=device)
-        for number, contestant in enumerate(chosen, start=1):
+        for number, (contestant, runner) in enumerate(_started(chosen, task, Path(folder), loaded), start=1):
             try:
-                entry = _measure(contestant, task, Path(folder))
+                entry = _measure(contestant, runner)
             except FailedError as error:
                 found["skipped"][contestant.name] = str(error)
                 click.echo(f"SKIPPED {contestant.name}: {error}", err=True)
@@ -126,7 +136,7 @@ def main(device: str, config: str, steps: int, only: str | None, output: Path, p
     click.echo(memory_table(found))
 
 
-def _check(device: str, config: str, steps: int) -> None:
+def _check(device: str, config: str, steps: int, loaded: int) -> None:
     """Exit 2 with the reason where this machine cannot run it."""
     if importlib.util.find_spec("peft") is None:
         raise click.UsageError("PEFT is not installed: pip install 'prefixtune[compare]'")
@@ -140,6 +150,8 @@ def _check(device: str, config: str, steps: int) -> None:
         raise click.UsageError("on a CPU only the small configuration runs: --device cpu --config small")
     if device == "cpu" and torch.cuda.is_available():
         raise click.UsageError("hide the GPU from Trainer with CUDA_VISIBLE_DEVICES= for --device cpu")
+    if loaded < 1:
+        raise click.UsageError("--loaded: expected at least one")
     if steps <= UNTIMED_STEPS:
         raise click.UsageError(f"--steps: expected more than {UNTIMED_STEPS}, which are not timed")
 
@@ -156,8 +168,32 @@ def _write_rows(folder: Path, count: int, length: int, vocabulary: int) -> str:
     return str(path)
 
 
-def _measure(contestant: Contestant, task: Task, folder: Path) -> dict[str, Any]:
-    runner = Runner.start(contestant, task, folder)
+def _started(
+    chosen: Sequence[Contestant], task: Task, folder: Path, together: int
+) -> Iterator[tuple[Contestant, Runner | FailedError]]:
+    """Each contestant, loaded and waiting for its turn, so many at the same time; or why it is not."""
+
+    def start(contestant: Contestant) -> Runner | FailedError:
+        try:
+            return Runner.start(contestant, task, folder)
+        except FailedError as error:
+            return error
+
+    for first in range(0, len(chosen), together):
+        some = chosen[first : first + together]
+        with ThreadPoolExecutor(len(some)) as pool:
+            runners = list(pool.map(start, some))
+        try:
+            yield from zip(some, runners, strict=True)
+        finally:
+            for runner in runners:
+                if isinstance(runner, Runner):
+                    runner.end()
+
+
+def _measure(contestant: Contestant, runner: Runner | FailedError) -> dict[str, Any]:
+    if isinstance(runner, FailedError):
+        raise runner
     try:
         epoch = runner.epoch(timed=True)
     finally:

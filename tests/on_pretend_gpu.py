@@ -1,4 +1,4 @@
-"""Training, answering and serving with the base on a GPU that is none, beside the same on the CPU.
+"""Training, answering and serving with the base on a GPU, real or not, beside the same on the CPU.
 
 Not collected by itself: `test_gpu.py` runs it in a process of its own.
 """
@@ -31,7 +31,7 @@ from prefixtune.quantize import quantize_base
 from prefixtune.serve.engine import Engine
 from prefixtune.serve.selftest import check_batches
 from prefixtune.train import trainer_for
-from pretend_gpu import GPU, PretendGpu, moved
+from pretend_gpu import GPU, IS_REAL, moved, on_gpu
 from tokenizers_for_tests import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -42,7 +42,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    with PretendGpu():
+    with on_gpu():
         yield
 
 
@@ -68,6 +68,7 @@ def trainer_on(device: torch.device) -> Iterator[None]:
         yield
 
 
+@pytest.mark.skipif(IS_REAL, reason="the device that pretends is what is tested")
 def test_tensors_of_two_devices_refuse_each_other() -> None:
     there = torch.ones(3, device=GPU)
     assert (there + there).device == GPU
@@ -187,7 +188,7 @@ def test_server_answers_as_on_the_cpu(way: str, monkeypatch: pytest.MonkeyPatch)
     own = Engine._loop
 
     def loop(engine: Engine) -> None:
-        with PretendGpu():
+        with on_gpu():
             own(engine)
 
     monkeypatch.setattr(Engine, "_loop", loop)

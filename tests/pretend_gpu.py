@@ -2,11 +2,13 @@
 
 So a tensor that is made on the wrong device is found on a machine without a GPU. Importing it gives the
 process a device `pretend:0`, which other tests must not see: `test_gpu.py` runs `on_pretend_gpu.py` in a
-process of its own.
+process of its own. With PREFIXTUNE_TEST_GPU=cuda it is a real one, and nothing pretends.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["GPU", "PretendGpu", "moved"]
+__all__ = ["GPU", "IS_REAL", "moved", "on_gpu"]
 
 _setup_privateuseone_for_python_backend("pretend")
-GPU, HOST = torch.device("pretend", 0), torch.device("cpu")
+IS_REAL = os.environ.get("PREFIXTUNE_TEST_GPU") == "cuda"
+GPU, HOST = torch.device("cuda" if IS_REAL else "pretend", 0), torch.device("cpu")
 MODULE: Any = torch.pretend  # type: ignore[attr-defined]
 MODULE.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 MODULE.get_rng_state = lambda device=None: torch.get_rng_state()
@@ -83,8 +86,15 @@ class PretendGpu(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def on_gpu() -> AbstractContextManager[Any]:
+    """Within it tensors can be made on the device."""
+    return nullcontext() if IS_REAL else PretendGpu()
+
+
 def moved(model: nn.Module) -> Any:
     """The model with its weights on the device, tied ones still tied."""
+    if IS_REAL:
+        return model.to(GPU)
     known: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, tensor in module._parameters.items():

@@ -25,7 +25,7 @@ from families import COMMON, FAMILIES, randomised, tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import packed, packs
 from prefixtune.cli import main
-from prefixtune.config import TrainConfig
+from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Example
 from prefixtune.errors import OutOfMemoryError, UnsupportedModelError
 from prefixtune.load import LoadedBase, empty_model, load_base, load_tokenizer, weight_files
@@ -842,6 +842,75 @@ def test_a_gpu_has_room_for_the_packed_weights_alone(place: Path, monkeypatch: p
     monkeypatch.setattr(sys.modules[estimate.__module__], "measure_step", lambda base, setup: step)
     plan = setup(device="cuda", quantize="int8")
     assert estimate(empty_model(model), plan, available=available).peak < 80 * MIB
+
+
+def gpu_estimate(
+    place: Path, patch: pytest.MonkeyPatch, *, room: int, packing_length: int | None = None
+) -> Any:
+    """Of rows of 100 tokens on a GPU with `room` MiB, where a token takes 1 MiB and the weights 200."""
+    import prefixtune.train.forecast as forecast
+
+    def step(base: Any, setup: Setup) -> StepBytes:
+        held = {"prefix": 0, "optimizer": 0, "gradients": 0, "logits": 0}
+        return StepBytes(weights=200 * MIB, activations=setup.tokens * MIB, **held)
+
+    patch.setattr(forecast, "placement", lambda dtype, device: (torch.float32, "cuda"))
+    patch.setattr(forecast, "budget", lambda device: room * MIB)
+    patch.setattr(forecast, "resident", lambda device: 64 * MIB)
+    patch.setattr(forecast, "take_workspaces", lambda device: None)
+    patch.setattr(sys.modules[estimate.__module__], "measure_step", step)
+    config = TrainConfig(packing_length=packing_length, per_device_train_batch_size=30, retain=0.0)
+    data = DataConfig(max_length=100)
+    return forecast.forecast_for(str(place / "model"), data_config=data, config=config)
+
+
+@pytest.mark.parametrize(
+    ("room", "packing_length", "tokens"),
+    [
+        (3000, None, 2048),
+        (2500, None, 1024),  # 2,048 + 200 + 64 are 2,312, and a margin is kept
+        (1600, None, 1024),
+        (1000, None, 512),
+        (500, None, 512),  # which does not fit either, and is told so
+        (3000, 700, 700),
+    ],
+)
+def test_a_pass_on_a_gpu_has_as_much_room_as_fits(
+    place: Path, monkeypatch: pytest.MonkeyPatch, room: int, packing_length: int | None, tokens: int
+) -> None:
+    found = gpu_estimate(place, monkeypatch, room=room, packing_length=packing_length)
+    assert found.setup.tokens == tokens
+    assert found.baseline == 64 * MIB  # what its libraries keep there is counted
+    assert found.peak == (64 + 200 + tokens) * MIB
+    assert found.fits == (room > 500)
+    assert bool(found.advice) == (room == 500)
+
+
+def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefixtune.train.forecast as forecast
+
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=4))
+    rows = [
+        Example(input_ids=(5 + i, 6, 7) * 30, labels=(-100,) * 60 + (5, 6, 7) * 10, origin="", truncated=0)
+        for i in range(40)
+    ]
+    asked: list[int] = []
+
+    def estimated(model: Any, setup: Setup, *, advise: Any, so_far: int) -> Any:
+        asked.append(setup.tokens)
+        return SimpleNamespace(peak=setup.tokens, available=1500)
+
+    monkeypatch.setattr(forecast, "_estimate", estimated)
+    few = TrainConfig(per_device_train_batch_size=32)
+    assert forecast.pass_tokens_for(model, few, rows) == 512
+    assert not asked
+    monkeypatch.setattr(type(model.base_model), "device", torch.device("cuda"))
+    assert forecast.pass_tokens_for(model, few, rows) == 1024
+    assert len(asked) == 2
+    assert asked[0] > 1500 > asked[1]
+    assert forecast.pass_tokens_for(model, dataclasses.replace(few, packing_length=100), rows) == 512
+    monkeypatch.setattr(forecast, "_estimate", lambda *_, **__: 1 / 0)  # a model that runs with weights alone
+    assert forecast.pass_tokens_for(model, few, rows) == 512
 
 
 def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(tmp_path: Path) -> None:

@@ -266,8 +266,8 @@ class TrainConfig(_Config):
     )
     packing_length: int | None = option(
         None,
-        "tokens of one pass through the model; unless given, 512 beside what all rows begin with, and at "
-        "least the longest row's",
+        "tokens of one pass through the model; unless given, 512 beside what all rows begin with (on a GPU "
+        "2048, or 1024, where they fit), and at least the longest row's",
     )
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
     lr_scheduler_type: str = option(

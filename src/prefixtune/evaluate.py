@@ -18,7 +18,7 @@ from prefixtune.forgetting import Forgetting, NeutralTexts, forgetting
 from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import quiet_eval
 from prefixtune.likelihood import check_examples, row_losses
-from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, default_capacity, first_target
+from prefixtune.loss import GPU_PASS_TOKENS, PASS_TOKENS, Passes, RowTokens, default_capacity, first_target
 from prefixtune.model import PrefixModel
 from prefixtune.progress import progress_bar
 from prefixtune.task import Input, Task
@@ -108,7 +108,8 @@ def target_loss(
     base = model.base_model if has_prefix(model) else model
     if capacity is None:
         ids, first_targets = zip(*((e.input_ids, first_target(e.labels)) for e in examples), strict=True)
-        capacity = default_capacity(ids, first_targets, packing=packing and not packs(base))
+        own = GPU_PASS_TOKENS[0] if next(base.parameters()).is_cuda else PASS_TOKENS
+        capacity = default_capacity(ids, first_targets, packing=packing and not packs(base), tokens=own)
     rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels), e.aims) for e in examples]
     total = 0.0
     with torch.no_grad(), quiet_eval(model), progress_bar(progress, total=len(rows)) as advance:

@@ -25,6 +25,7 @@ from prefixtune.geometry import has_values
 from prefixtune.rotary import alike, settle
 
 __all__ = [
+    "GPU_PASS_TOKENS",
     "PASS_TOKENS",
     "Passes",
     "RowTokens",
@@ -40,6 +41,11 @@ __all__ = [
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
+GPU_PASS_TOKENS = (
+    2048,
+    1024,
+    PASS_TOKENS,
+)  # a GPU waits for its processor in small ones: the first that fits
 FEWEST = 8  # tokens that rows begin with in common, for them to be run once; a template's first word is not
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -144,8 +150,14 @@ def common_start(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int]) -
     return found if found >= FEWEST else 0
 
 
-def default_capacity(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int], *, packing: bool) -> int:
-    """Tokens of a pass of such rows, unless someone says: PASS_TOKENS of their own, beside what all of them
+def default_capacity(
+    ids: Sequence[tuple[int, ...]],
+    first_targets: Sequence[int],
+    *,
+    packing: bool,
+    tokens: int = PASS_TOKENS,
+) -> int:
+    """Tokens of a pass of such rows, unless someone says: so many of their own, beside what all of them
     begin with where they are packed; the longest row's at least.
 
     Example:
@@ -153,7 +165,7 @@ def default_capacity(ids: Sequence[tuple[int, ...]], first_targets: Sequence[int
         1211
     """
     common = common_start(ids, first_targets) if packing else 0
-    return max(common + PASS_TOKENS, *map(len, ids))
+    return max(common + tokens, *map(len, ids))
 
 
 def planned(

@@ -13,6 +13,7 @@ from prefixtune.memory.host import (
     measured_peak,
     resident,
     return_freed_memory,
+    take_workspaces,
 )
 from prefixtune.memory.step import (
     Setup,
@@ -43,6 +44,7 @@ __all__ = [
     "reading_bytes",
     "resident",
     "return_freed_memory",
+    "take_workspaces",
     "training_step",
     "without_weights",
 ]

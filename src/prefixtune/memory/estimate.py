@@ -42,7 +42,7 @@ class Estimate:
 
     Attributes:
         step: what is live at the peak of a step.
-        baseline: the process without a model: interpreter, libraries, rows. 0 on CUDA.
+        baseline: the process without a model: interpreter, libraries, rows; on CUDA what libraries keep.
         slack: what allocators and libraries hold beyond it. 0 on CUDA.
         loading: the peak while the weights are read, which may be the higher one.
         sampling: that while the base writes neutral text before the first step; 0 without.
@@ -148,7 +148,7 @@ def estimate(
     Args:
         base: the model on the meta device, see `prefixtune.load.empty_model`.
         available: bytes that the process may come to have, see `budget`.
-        baseline: bytes that the process has without the model (CPU).
+        baseline: bytes that the process has without the model, on the device.
         files: what the weights will be read from, see `prefixtune.load.weight_files`; none where they are
             in memory already.
         while_loading: the `baseline` of that moment, which is before the tokenizer is read (CPU).
@@ -163,18 +163,18 @@ def estimate(
     loading = so_far
     if not so_far:
         first = baseline if while_loading is None else while_loading
-        loading = first if on_cpu else 0
-        loading += reading_bytes(base, setup.dtype, device=setup.device, quantize=setup.quantize, files=files)
+        loading = first + reading_bytes(
+            base, setup.dtype, device=setup.device, quantize=setup.quantize, files=files
+        )
     passing = step.activations + step.logits + step.gradients
-    held = baseline if on_cpu else 0
     sampled = sampling_bytes(base, setup)
     found = Estimate(
         setup=setup,
         step=step,
-        baseline=held,
+        baseline=baseline,
         slack=round(CPU_SLACK * passing) + CPU_FIRST_STEP if on_cpu else 0,
         loading=loading,
-        sampling=held + step.weights + step.prefix + sampled if sampled else 0,
+        sampling=baseline + step.weights + step.prefix + sampled if sampled else 0,
         available=available,
     )
     if advise is False or (advise is None and found.fits):

@@ -21,6 +21,7 @@ from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.callbacks import KeepBest
 from prefixtune.train.defaults import check_lengths, prefix_config_of, resolve
+from prefixtune.train.forecast import pass_tokens_for
 from prefixtune.train.retention import SHORTEST, TOKENS, Retention, kept_texts
 from prefixtune.train.trainer import PrefixTrainer, training_arguments
 
@@ -51,8 +52,8 @@ def trainer_for(
     set_seed(config.seed)
     prefix = prefix_config_of(None, prefix_options, base, examples)
     check_lengths(base, prefix, examples)
-    resolved = resolve(config, prefix, base, examples)
     model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
+    resolved = resolve(config, prefix, base, examples, pass_tokens=pass_tokens_for(model, config, examples))
     trainer = make_trainer(
         model,
         config,

@@ -14,7 +14,7 @@ from prefixtune.data import Example
 from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
-from prefixtune.loss import default_capacity, first_target
+from prefixtune.loss import PASS_TOKENS, default_capacity, first_target
 from prefixtune.progress import note
 from prefixtune.rotary import rotary_change
 
@@ -190,8 +190,13 @@ def resolve(
     examples: list[Example],
     *,
     processes: int = 1,
+    pass_tokens: int = PASS_TOKENS,
 ) -> dict[str, Any]:
-    """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version."""
+    """What defaults depend on: recorded, so that a resumed run goes on with the same whatever the version.
+
+    Args:
+        pass_tokens: of a pass, see `prefixtune.train.forecast.pass_tokens_for`.
+    """
     hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
     targets = [example.target_tokens for example in examples]
     steps = planned_steps(config, targets, processes)
@@ -203,13 +208,15 @@ def resolve(
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
-        "packing_length": packing_length_for(config, examples, base.model),
+        "packing_length": packing_length_for(config, examples, base.model, pass_tokens),
         "rows": digest(examples),
         "processes": processes,
     }
 
 
-def packing_length_for(config: TrainConfig, examples: list[Example], model: Any) -> int:
+def packing_length_for(
+    config: TrainConfig, examples: Sequence[Example], model: Any, pass_tokens: int = PASS_TOKENS
+) -> int:
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = len(longest.input_ids)
     if config.packing_length is not None and needed > config.packing_length:
@@ -221,7 +228,8 @@ def packing_length_for(config: TrainConfig, examples: list[Example], model: Any)
         return config.packing_length
     packing = config.packing and not packs(model)
     first_targets = [first_target(example.labels) for example in examples]
-    return default_capacity([example.input_ids for example in examples], first_targets, packing=packing)
+    ids = [example.input_ids for example in examples]
+    return default_capacity(ids, first_targets, packing=packing, tokens=pass_tokens)
 
 
 def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,14 @@ from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
 from prefixtune.load import LoadedBase, empty_model, load_tokenizer, placement, weight_files
-from prefixtune.loss import PASS_TOKENS, common_start, default_capacity, first_target, share_passes
+from prefixtune.loss import (
+    GPU_PASS_TOKENS,
+    PASS_TOKENS,
+    common_start,
+    default_capacity,
+    first_target,
+    share_passes,
+)
 from prefixtune.memory import (
     Estimate,
     Setup,
@@ -25,6 +32,7 @@ from prefixtune.memory import (
     readable,
     reading_bytes,
     resident,
+    take_workspaces,
     without_weights,
 )
 from prefixtune.model import PrefixModel
@@ -40,10 +48,11 @@ from prefixtune.train.defaults import (
 from prefixtune.train.retention import BATCH, PER_STEP, TOKENS
 from prefixtune.train.sampler import LengthGroupedSampler
 
-__all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "setup_of"]
+__all__ = ["advice_for", "check_weights", "forecast", "forecast_for", "pass_tokens_for", "setup_of"]
 
 
 LOOKED_AT = 10_000  # batches
+MARGIN = 1.15  # an estimate may be so much too low
 SIZES = ("length", "projection", "hidden_size", "layers")  # options of the prefix that decide its bytes
 
 
@@ -191,27 +200,30 @@ def forecast_for(
         empty = LoadedBase(model=base, tokenizer=tokenizer, name=model, dtype_reason="")
         check_lengths(empty, prefix, [*found[0], *found[1]])
         packing_length_for(config, found[0], base)
-    setup = setup_of(
-        config,
-        prefix,
-        found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size,
-        found[1],
-        packing=config.packing and not packs(base),
-        dtype=dtype,
-        device=place,
-    )
-    if not found[0] and setup.packing:  # of unknown rows, some will fill a pass
-        full = min(config.packing_length or PASS_TOKENS, setup.longest * config.per_device_train_batch_size)
-        whole, rest = divmod(max(full, setup.longest), setup.longest)
-        setup = replace(setup, lengths=(setup.longest,) * whole + ((rest,) if rest else ()))
-    return estimate(
-        base,
-        setup,
-        available=budget(place),
-        baseline=resident(place),
-        files=files,
-        while_loading=while_loading,
-    )
+    examples = found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size
+    packing = config.packing and not packs(base)
+    take_workspaces(place)
+
+    def estimated(tokens: int, advise: bool | None = False) -> Estimate:
+        room = packing_length_for(config, examples, base, tokens) if found[0] else config.packing_length
+        given = replace(config, packing_length=room or tokens)
+        setup = setup_of(given, prefix, examples, found[1], packing=packing, dtype=dtype, device=place)
+        if not found[0] and setup.packing:  # of unknown rows, some will fill a pass
+            full = min(room or tokens, setup.longest * config.per_device_train_batch_size)
+            whole, rest = divmod(max(full, setup.longest), setup.longest)
+            setup = replace(setup, lengths=(setup.longest,) * whole + ((rest,) if rest else ()))
+        return estimate(
+            base,
+            setup,
+            available=budget(place),
+            baseline=resident(place),
+            files=files,
+            while_loading=while_loading,
+            advise=advise,
+        )
+
+    on_gpu = torch.device(place).type == "cuda" and config.packing_length is None
+    return estimated(_most_that_fit(estimated) if on_gpu else PASS_TOKENS, None)
 
 
 def _longest(tokens: int) -> Example:
@@ -257,6 +269,46 @@ def forecast(model: PrefixModel, setup: Setup, *, force: bool) -> Estimate | Non
     return found
 
 
+def pass_tokens_for(
+    model: PrefixModel,
+    config: TrainConfig,
+    examples: Sequence[Example],
+    eval_examples: Sequence[Example] = (),
+) -> int:
+    """Tokens that a pass has room for unless someone says: PASS_TOKENS, and on a GPU more where they fit."""
+    base: Any = model.base_model
+    if config.packing_length is not None or base.device.type != "cuda":
+        return PASS_TOKENS
+    packing = config.packing and not packs(base)
+
+    def estimated(tokens: int) -> Estimate:
+        given = replace(config, packing_length=packing_length_for(config, examples, base, tokens))
+        setup = setup_of(
+            given,
+            model.prefix.config,
+            examples,
+            eval_examples,
+            packing=packing,
+            dtype=base.dtype,
+            device=str(base.device),
+        )
+        return _estimate(model, setup, advise=False, so_far=0)
+
+    try:
+        return _most_that_fit(estimated)
+    except Exception:  # `forecast` says that, and why, it cannot be estimated
+        return PASS_TOKENS
+
+
+def _most_that_fit(estimated: Callable[[int], Estimate]) -> int:
+    """Tokens of a pass on a GPU."""
+    for tokens in GPU_PASS_TOKENS[:-1]:
+        found = estimated(tokens)
+        if MARGIN * found.peak <= found.available:
+            return tokens
+    return GPU_PASS_TOKENS[-1]
+
+
 def advice_for(model: PrefixModel, setup: Setup) -> str:
     """What to do when the memory was full in spite of the estimate.
 
@@ -275,6 +327,7 @@ def advice_for(model: PrefixModel, setup: Setup) -> str:
 
 def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None, so_far: int) -> Estimate:
     tensors = {id(t): t.nbytes for part in (model.parameters(), model.buffers()) for t in part}
+    take_workspaces(setup.device)
     return estimate(
         without_weights(model.base_model),
         setup,

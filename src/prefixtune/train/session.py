@@ -50,7 +50,7 @@ from prefixtune.train.folder import (
     open_run,
     record_run,
 )
-from prefixtune.train.forecast import advice_for, check_weights, forecast, setup_of
+from prefixtune.train.forecast import advice_for, check_weights, forecast, pass_tokens_for, setup_of
 from prefixtune.train.processes import first_alone, is_first, joined, one_process_only, told_once
 from prefixtune.train.rate import find_learning_rate
 from prefixtune.train.trainer import PrefixTrainer, run
@@ -205,16 +205,18 @@ def train_examples(
         "eval_rows": (str(asked.get("eval_data") or source), digest(eval_examples or [])),
         "base": (base.name, Fingerprint.of(base.model).digest),
     }
+    prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
+    prefix_model.record |= {"template": template, "training": None}
     if began:
         resolved = began["resolved"]
         check_resumed(output, resolved, same, processes=processes)
         if config.packing_length != began["asked"]["train_config"].get("packing_length"):
-            resolved = {**resolved, "packing_length": packing_length_for(config, examples, base.model)}
+            room = pass_tokens_for(prefix_model, config, examples, eval_examples or ())
+            resolved = {**resolved, "packing_length": packing_length_for(config, examples, base.model, room)}
     else:
-        resolved = resolve(config, prefix_config, base, examples, processes=processes)
+        room = pass_tokens_for(prefix_model, config, examples, eval_examples or ())
+        resolved = resolve(config, prefix_config, base, examples, processes=processes, pass_tokens=room)
         resolved |= {name: found for name, (_, found) in same.items()}
-    prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
-    prefix_model.record |= {"template": template, "training": None}
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
     setup = setup_of(
         dataclasses.replace(config, packing_length=resolved["packing_length"]),
