@@ -621,3 +621,15 @@ def test_chat_goes_on_after_a_mistake(base: Path, tmp_path: Path) -> None:
     assert result.stderr.count("error: ") == 3
     assert "/reset" in result.stderr
     assert result.stdout.count("\n") >= 1
+
+
+def test_the_package_runs_as_a_module() -> None:
+    line = [sys.executable, "-m", "prefixtune"]
+    asked, unknown = (
+        subprocess.run([*line, word], capture_output=True, text=True, check=False)
+        for word in ("--version", "--nonsense")
+    )
+    assert asked.returncode == 0
+    assert asked.stdout.startswith("prefixtune")
+    assert unknown.returncode == 2
+    assert "Usage: prefixtune" in unknown.stderr

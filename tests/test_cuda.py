@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,8 @@ def test_training_ends_where_it_does_on_the_cpu(place: Path) -> None:
         facts = json.loads(done.stdout)
         losses.append(facts["eval_loss"])
         peaks.append(facts["peak_bytes"])
+        (room,) = re.findall(r"rows are packed, up to ([\d,]+) tokens", done.stderr)
+        assert (int(room.replace(",", "")) >= 2048) != on_cpu  # an empty GPU has room for large passes
     assert peaks[0] > 2 * peaks[1]  # of the process, and of what it has on the device
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 

@@ -1,5 +1,6 @@
-"""`python -m prefixtune`: the command where its script is not on the path."""
+"""`python -m prefixtune`: the command, where its script is not on the path."""
 
 from prefixtune.cli import main
 
-main(prog_name="prefixtune")
+if __name__ == "__main__":
+    main(prog_name="prefixtune")
