@@ -913,6 +913,23 @@ def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(monkeypatch: pytes
     assert forecast.pass_tokens_for(model, few, rows) == 512
 
 
+def test_a_trainer_has_the_room_of_its_device_unless_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys.modules[trainer_for.__module__], "pass_tokens_for", lambda *_: 2048)
+    base = LoadedBase(model=tiny_model("llama"), tokenizer=byte_tokenizer(), name="tiny", dtype_reason="")
+    row = Example(input_ids=(5, 6, 7), labels=(-100, 6, 7), origin="row", truncated=0)
+
+    def capacity(packing_length: int | None = None, **given: Any) -> int:
+        config = TrainConfig(packing_length=packing_length, retain=0.0, report_to="none")
+        options: Any = {"length": 4, "init": "random"}
+        trainer, _ = trainer_for(base, [row], prefix_options=options, config=config, output=tmp_path, **given)
+        return trainer.passes.capacity
+
+    found = [capacity(), capacity(pass_tokens=512), capacity(100), capacity(100, pass_tokens=512)]
+    assert found == [2048, 512, 100, 100]
+
+
 def test_full_memory_says_what_to_do_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     # An activation of 100 MB and more is refused while much is left: where nothing is, torch may abort (C++).
     place = write_model(tmp_path, n_embd=64, n_layer=2, n_inner=65_536)

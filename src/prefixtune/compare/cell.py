@@ -29,6 +29,7 @@ from prefixtune.generate import ending, generate_batch
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
+from prefixtune.loss import PASS_TOKENS
 from prefixtune.memory import forget_peak, measured_peak, resident
 from prefixtune.prefix import count_parameters
 from prefixtune.train import (
@@ -163,7 +164,14 @@ def _ours(
     options = {"save_steps": NEVER, "logging_steps": 1, "report_to": "none"}
     config = TrainConfig(**{**options, **cell.method.train_options, **schedule})
     begin = time.perf_counter()
-    trainer, resolved = trainer_for(base, examples, prefix_options=prefix, config=config, output=folder)
+    trainer, resolved = trainer_for(
+        base,
+        examples,
+        prefix_options=prefix,
+        config=config,
+        output=folder,
+        pass_tokens=PASS_TOKENS,  # as the others have, on a GPU too
+    )
     trainer.remove_callback(PrinterCallback)
     seen, tokens = _train(trainer)
     seconds = time.perf_counter() - begin

@@ -36,12 +36,14 @@ def trainer_for(
     config: TrainConfig,
     output: Path,
     pad_token_id: int | None = None,
+    pass_tokens: int | None = None,
 ) -> tuple[PrefixTrainer, dict[str, Any]]:
     """The trainer that `train` would make, for who brings rows and model, and what its defaults came to.
 
     Args:
         prefix_options: fields of PrefixConfig, as `train` takes them.
         pad_token_id: the tokenizer's unless given.
+        pass_tokens: of a pass, where the configuration does not say; by the device's room unless given.
 
     Raises:
         ConfigError: a learning rate is to be looked for.
@@ -53,7 +55,8 @@ def trainer_for(
     prefix = prefix_config_of(None, prefix_options, base, examples)
     check_lengths(base, prefix, examples)
     model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
-    resolved = resolve(config, prefix, base, examples, pass_tokens=pass_tokens_for(model, config, examples))
+    room = pass_tokens or pass_tokens_for(model, config, examples)
+    resolved = resolve(config, prefix, base, examples, pass_tokens=room)
     trainer = make_trainer(
         model,
         config,
