@@ -41,11 +41,8 @@ __all__ = [
 PASS_TOKENS = (
     512  # of one pass: larger matmuls were no faster, and activations leave the caches (bench/LOG.md)
 )
-GPU_PASS_TOKENS = (
-    2048,
-    1024,
-    PASS_TOKENS,
-)  # a GPU waits for its processor in small ones: the first that fits
+# The same on a GPU, which waits for its processor in small passes: the first of them that fits.
+GPU_PASS_TOKENS = (2048, 1024, PASS_TOKENS)
 FEWEST = 8  # tokens that rows begin with in common, for them to be run once; a template's first word is not
 WASTE = 0.25  # padded rows share a pass while the shortest has at least three quarters of the longest
 Pairs = Sequence[tuple[Tensor, Tensor]]

@@ -154,7 +154,9 @@ class Session:
         self.lengths = [source[0][0].shape[1] for source in sources]
         self.generating = False
         self.blocks: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.checkpointed = [m for m in self.decoder.modules() if hasattr(m, "_can_checkpoint_with_cache")]
+        # of the class: a module is slow to say that it has no such attribute, and it is asked in every pass
+        layers = (m for m in self.decoder.modules() if hasattr(type(m), "_can_checkpoint_with_cache"))
+        self.checkpointed = list(layers)
         self.undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
