@@ -53,8 +53,11 @@ def _ours() -> list[Contestant]:
         "nf4": {"quantize": "nf4"},
     }
     batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
-    # what one gets who asks for no batch: the rows of a step side by side
-    found = [Contestant(name="prefixtune-defaults", method="prefixtune", dtype="auto")]
+    # the rows of a step side by side, in passes of as many tokens as the default has, and of 512
+    found = [
+        Contestant(name="prefixtune-defaults", method="prefixtune", dtype="auto"),
+        Contestant(name="prefixtune-512", method="prefixtune", dtype="auto", options={"packing_length": 512}),
+    ]
     for projection in (False, True):
         for base, differing in bases.items():
             name = f"prefixtune-{'projection-' if projection else ''}{base}"
@@ -117,7 +120,9 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         rows = _write_rows(Path(folder), ROWS_PER_STEP * steps, length, sizes["vocab_size"])
         task = Task(source=sizes, rows=rows, epochs=1, seed=SEED, device=device)
-        for number, (contestant, runner) in enumerate(_started(chosen, task, Path(folder), loaded), start=1):
+        for number, (contestant, runner) in enumerate(
+            _started(chosen, task, Path(folder), together=loaded), start=1
+        ):
             try:
                 entry = _measure(contestant, runner)
             except FailedError as error:
@@ -169,7 +174,7 @@ def _write_rows(folder: Path, count: int, length: int, vocabulary: int) -> str:
 
 
 def _started(
-    chosen: Sequence[Contestant], task: Task, folder: Path, together: int
+    chosen: Sequence[Contestant], task: Task, folder: Path, *, together: int
 ) -> Iterator[tuple[Contestant, Runner | FailedError]]:
     """Each contestant, loaded and waiting for its turn, so many at the same time; or why it is not."""
 
@@ -217,16 +222,29 @@ def _measure(contestant: Contestant, runner: Runner | FailedError) -> dict[str, 
 def memory_table(found: dict[str, Any]) -> str:
     """The page's part: command and machine, the table, and who could not run."""
     place = found["machine"]["gpu"] if found["device"] == "cuda" else found["machine"]["processor"]
-    head = ("contestant", "base", "trainable", "initial GB", "peak GB", "tutorial's peak GB", "s a step")
+    head = (
+        "contestant",
+        "base",
+        "batch",
+        "trainable",
+        "initial GB",
+        "peak GB",
+        "tutorial's peak GB",
+        "s a step",
+    )
     theirs = TUTORIAL if found["model"]["n_layer"] == TUTORIAL_BLOOM["n_layer"] else {}
     text = (
         f"`{found['command']}` on {found['date']}: {place}, torch {found['versions']['torch']}, transformers "
         f"{found['versions']['transformers']}, PEFT {found['versions']['peft']}. {_sizes(found['model'])}; "
-        f"{found['tokens']} tokens, batch {found['batch']} x {found['accumulation']}; bytes are "
-        f"{found['bytes_are']}."
+        f"{found['tokens']} tokens, {ROWS_PER_STEP} rows a step; bytes are {found['bytes_are']}."
     )
     skipped = [f"Not run: `{name}`: {reason}." for name, reason in found["skipped"].items()]
     return "\n\n".join([text, markdown(head, _lines(found["contestants"], theirs)), *skipped])
+
+
+def _batch(options: dict[str, Any]) -> str:
+    rows = options.get("per_device_train_batch_size", ROWS_PER_STEP)
+    return f"{rows} x {options.get('gradient_accumulation_steps', 1)}"
 
 
 def _sizes(model: dict[str, Any]) -> str:
@@ -241,6 +259,7 @@ def _lines(entries: Sequence[dict[str, Any]], theirs: dict[str, float]) -> list[
         [
             entry["name"],
             entry["quantize"] or entry["dtype"],
+            _batch(entry["options"]) if entry["method"] == "prefixtune" else f"1 x {ROWS_PER_STEP}",
             f"{entry['trainable_parameters']:,}",
             gigabytes(entry["initial_bytes"]),
             gigabytes(entry["peak_bytes"]),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -289,6 +290,24 @@ def test_all_numbers_that_lora_trains_on_a_model_that_sees_images_have_a_gradien
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_ours_has_the_passes_of_the_others_on_a_gpu_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import prefixtune.compare.cell as cell
+
+    class SeenError(Exception):
+        pass
+
+    def seen(*_: Any, **given: Any) -> Any:
+        raise SeenError(given["pass_tokens"])
+
+    monkeypatch.setattr(cell, "trainer_for", seen)
+    unused: Any = SimpleNamespace(first=lambda rows: [], rows=None)
+    unused.method = SimpleNamespace(prefix_options={"length": 4}, train_options={})
+    with pytest.raises(SeenError, match=r"^512$"):
+        cell._ours(unused, unused, unused, unused, {}, tmp_path)
 
 
 def test_a_prefix_trained_by_peft_starts_with_the_loss_of_ours(measured: Measured) -> None:

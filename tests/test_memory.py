@@ -857,7 +857,7 @@ def gpu_estimate(
     patch.setattr(forecast, "placement", lambda dtype, device: (torch.float32, "cuda"))
     patch.setattr(forecast, "budget", lambda device: room * MIB)
     patch.setattr(forecast, "resident", lambda device: 64 * MIB)
-    patch.setattr(forecast, "take_workspaces", lambda device: None)
+    patch.setattr(forecast, "take_workspaces", lambda device, dtype: None)
     patch.setattr(sys.modules[estimate.__module__], "measure_step", step)
     config = TrainConfig(packing_length=packing_length, per_device_train_batch_size=30, retain=0.0)
     data = DataConfig(max_length=100)
@@ -886,7 +886,9 @@ def test_a_pass_on_a_gpu_has_as_much_room_as_fits(
     assert bool(found.advice) == (room == 500)
 
 
-def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import prefixtune.train.forecast as forecast
 
     model = PrefixModel(tiny_model("llama"), PrefixConfig(length=4))
@@ -900,23 +902,58 @@ def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(monkeypatch: pytes
         asked.append(setup.tokens)
         return SimpleNamespace(peak=setup.tokens, available=1500)
 
+    def room(**changes: Any) -> int:
+        config = TrainConfig(per_device_train_batch_size=32, **changes)
+        return forecast.pass_tokens_for(model, config, examples=rows)
+
     monkeypatch.setattr(forecast, "_estimate", estimated)
-    few = TrainConfig(per_device_train_batch_size=32)
-    assert forecast.pass_tokens_for(model, few, rows) == 512
+    assert room() == 512
     assert not asked
     monkeypatch.setattr(type(model.base_model), "device", torch.device("cuda"))
-    assert forecast.pass_tokens_for(model, few, rows) == 1024
+    assert room() == 1024
     assert len(asked) == 2
     assert asked[0] > 1500 > asked[1]
-    assert forecast.pass_tokens_for(model, dataclasses.replace(few, packing_length=100), rows) == 512
+    assert room(packing_length=100) == 512
+    capsys.readouterr()
     monkeypatch.setattr(forecast, "_estimate", lambda *_, **__: 1 / 0)  # a model that runs with weights alone
-    assert forecast.pass_tokens_for(model, few, rows) == 512
+    assert room() == 512
+    assert "larger ones is not estimated: ZeroDivisionError" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(forecast, "splits", lambda base: False)  # its whole logits are made
+    assert room() == 512
+    assert not capsys.readouterr().err
+
+
+def test_steps_of_a_loaded_model_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefixtune.train.forecast as forecast
+
+    model, counted = PrefixModel(tiny_model("llama"), PrefixConfig(length=4)), []
+    step = sys.modules[measure_step.__module__]
+    own = step._measure  # type: ignore[attr-defined]
+    monkeypatch.setattr(step, "_measure", lambda base, setup: (counted.append(setup), own(base, setup))[1])
+    found = [forecast.forecast(model, setup(sampled_rows=rows), force=True) for rows in (0, 32, 32)]
+    assert len(counted) == 1
+    assert len({one.step for one in found if one}) == 1
+    assert forecast.forecast(model, setup(lengths=(64,) * 3), force=True)
+    assert len(counted) == 2
+
+
+def test_advice_for_a_full_memory_counts_what_the_run_has_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the optimizer's state resident, as without."""
+    import prefixtune.train.forecast as forecast
+
+    model, resident = PrefixModel(tiny_model("llama"), PrefixConfig(length=4)), 1000 * MIB
+    monkeypatch.setattr(forecast, "resident", lambda device: resident)
+    before = forecast.forecast(model, setup(), force=True)
+    advice = forecast.advice_for(model, setup(), before)
+    resident += 500 * MIB
+    assert forecast.advice_for(model, setup(), before) == advice
+    assert forecast.advice_for(model, setup()) != advice
 
 
 def test_a_trainer_has_the_room_of_its_device_unless_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys.modules[trainer_for.__module__], "pass_tokens_for", lambda *_: 2048)
+    monkeypatch.setattr(sys.modules[trainer_for.__module__], "pass_tokens_for", lambda *_, **__: 2048)
     base = LoadedBase(model=tiny_model("llama"), tokenizer=byte_tokenizer(), name="tiny", dtype_reason="")
     row = Example(input_ids=(5, 6, 7), labels=(-100, 6, 7), origin="row", truncated=0)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from families import tiny_model
 from prefixtune.cli import main
 from prefixtune.train.folder import last_checkpoint
+from prefixtune.train.processes import least
 from tokenizers_for_tests import byte_tokenizer
 
 SCRIPT = """
@@ -90,6 +91,20 @@ def test_two_processes_train_as_one_does_on_the_rows_of_both(tmp_path: Path, pro
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
         for key, tensor in one["prefix"].items():  # type: ignore[attr-defined]
             assert torch.allclose(tensor, two["prefix"][key], atol=1e-4), key  # type: ignore[index]
+
+
+LEAST = """
+from prefixtune.train.processes import joined, least
+print("least", least(512 * (1 + joined().process_index)))
+"""
+
+
+def test_processes_agree_on_the_least_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LEAST, encoding="utf-8")
+    done = launched(tmp_path / "script.py", processes=2, home=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["least 512"] * 2
+    assert least(700) == 700
 
 
 def command(place: Path, output: Path, *, batch: int) -> list[str]:

@@ -982,6 +982,29 @@ def test_summary_says_the_same_numbers(place: Path, tmp_path: Path) -> None:
     assert f"{record['trainable_parameters']:,} trainable parameters" in text
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_room_of_a_pass_is_that_of_the_device_and_stays_when_a_run_is_resumed(
+    place: Path, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefixtune.train.session as session
+
+    def passes(run: Path) -> Any:
+        return json.loads((run / "run.json").read_text())["resolved"]["packing_length"]
+
+    monkeypatch.setattr(session, "pass_tokens_for", lambda *_, **__: 2048)  # as on a GPU
+    succeed(*options(place, tmp_path / "begun", *SHORT_RUN))
+    assert passes(tmp_path / "begun") == 2048
+    _, cut, more = copied
+    other = shutil.copytree(cut, tmp_path / "other")
+    succeed(*options(place, cut, *more, "--resume"))
+    assert passes(cut) == 512
+    record = json.loads((other / "run.json").read_text())
+    record["resolved"]["packing_length"] = record["asked"]["train_config"]["packing_length"] = 300
+    (other / "run.json").write_text(json.dumps(record))
+    succeed(*options(place, other, *more, "--resume"))
+    assert passes(other) == 2048
+
+
 EVERY_LOSS = ["--length", 4, "--max-steps", 6, "--logging-steps", 1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prefixtune.attachment import packs
+from prefixtune.attachment import packs, splits
 from prefixtune.config import DataConfig
 from prefixtune.data import Example, Row, build_examples
 from prefixtune.errors import DataError
@@ -88,8 +88,8 @@ def target_loss(
 
     Args:
         model: a PrefixModel, a bare base model, or a PEFT model; it is in evaluation mode meanwhile.
-        capacity: tokens of a pass through the model, see `prefixtune.loss.default_capacity`; a longer row has
-            one of its own.
+        capacity: tokens of a pass through the model, see `prefixtune.loss.default_capacity`; 2,048 beside
+            what rows begin with on a GPU, unless given; a longer row has one of its own.
         packing: documents end to end where the model allows it.
 
     Raises:
@@ -108,7 +108,8 @@ def target_loss(
     base = model.base_model if has_prefix(model) else model
     if capacity is None:
         ids, first_targets = zip(*((e.input_ids, first_target(e.labels)) for e in examples), strict=True)
-        own = GPU_PASS_TOKENS[0] if next(base.parameters()).is_cuda else PASS_TOKENS
+        on_gpu = next(base.parameters()).is_cuda and splits(base)  # without gradient a pass needs little
+        own = GPU_PASS_TOKENS[0] if on_gpu else PASS_TOKENS
         capacity = default_capacity(ids, first_targets, packing=packing and not packs(base), tokens=own)
     rows = [RowTokens(torch.tensor(e.input_ids), torch.tensor(e.labels), e.aims) for e in examples]
     total = 0.0

@@ -264,7 +264,7 @@ _PURPOSE = {"train": "train on", "watch": "watch the training", "heldout": "comp
 
 
 def _passes(base: LoadedBase, answered: list[Answered], config: TrainConfig) -> Passes:
-    """How the teacher and the contestants run the rows; as the training does."""
+    """How the teacher and the contestants run the rows: as the training does on a CPU."""
     longest = max(len(one.answer_ids) + max(len(one.teacher_ids), len(one.student_ids)) for one in answered)
     return Passes.of(
         base.model,

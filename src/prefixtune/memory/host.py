@@ -61,18 +61,21 @@ def resident(device: str = "cpu") -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def take_workspaces(device: str) -> None:
+def take_workspaces(device: str, dtype: torch.dtype) -> None:
     """Let torch take what its matrix library keeps for good on a CUDA device, so that `resident` counts it.
 
     It is a workspace for each thread that multiplies, the one of forward and that of backward passes: 64 MiB
-    on a Hopper GPU.
+    on a Hopper GPU. Where even these find no room the device is full, which an estimate says then.
     """
     if torch.device(device).type != "cuda":
         return
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
         with torch.enable_grad():
+            matrix = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
             torch.autograd.backward((matrix @ matrix).sum())
+    except RuntimeError as error:  # torch.OutOfMemoryError, or CUBLAS_STATUS_ALLOC_FAILED
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
 
 
 def give_back_freed() -> None:

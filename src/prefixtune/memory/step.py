@@ -23,6 +23,7 @@ __all__ = ["Setup", "StepBytes", "measure_step", "pass_tokens", "rows_of", "trai
 
 # the step of each base that was measured, by its setup: advice asks for the same ones again and again
 _MEASURED: WeakKeyDictionary[nn.Module, dict[Setup, StepBytes]] = WeakKeyDictionary()
+_TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def pass_tokens(lengths: Sequence[int], common: int, *, packing: bool) -> int:
@@ -217,9 +218,11 @@ def _measure(base: nn.Module, setup: Setup) -> StepBytes:
 
 
 def without_weights(base: nn.Module) -> nn.Module:
-    """A loaded model's twin on the meta device."""
-    with torch.device("meta"):
-        return type(base)(copy.deepcopy(base.config))
+    """A loaded model's twin on the meta device, always the same: its steps are measured once."""
+    if base not in _TWINS:
+        with torch.device("meta"):
+            _TWINS[base] = type(base)(copy.deepcopy(base.config))
+    return _TWINS[base]
 
 
 def _empty_kv(geometry: Geometry, length: int, *, device: str = "meta") -> PrefixKV:

@@ -55,7 +55,7 @@ def trainer_for(
     prefix = prefix_config_of(None, prefix_options, base, examples)
     check_lengths(base, prefix, examples)
     model = PrefixModel(base.model, prefix, tokenizer=base.tokenizer)
-    room = pass_tokens or pass_tokens_for(model, config, examples)
+    room = pass_tokens or pass_tokens_for(model, config, examples=examples)
     resolved = resolve(config, prefix, base, examples, pass_tokens=room)
     trainer = make_trainer(
         model,
@@ -150,7 +150,7 @@ def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: i
     if found.packing:
         note(f"rows are packed, up to {capacity} tokens in a pass")
     elif config.packing:
-        note(f"rows of similar length share a pass: {packs(base)}")
+        note(f"rows of similar length share a pass: {packs(base)}; up to {capacity} tokens")
     if config.compile:
         compile_base(base, packing=found.packing)
     return found

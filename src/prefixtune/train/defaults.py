@@ -208,14 +208,14 @@ def resolve(
         "token_damping": damping,
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
-        "packing_length": packing_length_for(config, examples, base.model, pass_tokens),
+        "packing_length": packing_length_for(config, examples, base.model, pass_tokens=pass_tokens),
         "rows": digest(examples),
         "processes": processes,
     }
 
 
 def packing_length_for(
-    config: TrainConfig, examples: Sequence[Example], model: Any, pass_tokens: int = PASS_TOKENS
+    config: TrainConfig, examples: Sequence[Example], model: Any, *, pass_tokens: int = PASS_TOKENS
 ) -> int:
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = len(longest.input_ids)

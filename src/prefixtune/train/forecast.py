@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefixtune.attachment import packs
+from prefixtune.attachment import packs, splits
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
 from prefixtune.errors import OutOfMemoryError
@@ -202,10 +202,12 @@ def forecast_for(
         packing_length_for(config, found[0], base)
     examples = found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size
     packing = config.packing and not packs(base)
-    take_workspaces(place)
+    take_workspaces(place, dtype)
 
-    def estimated(tokens: int, advise: bool | None = False) -> Estimate:
-        room = packing_length_for(config, examples, base, tokens) if found[0] else config.packing_length
+    def estimated(tokens: int, *, advise: bool | None = False) -> Estimate:
+        room = config.packing_length
+        if found[0]:
+            room = packing_length_for(config, examples, base, pass_tokens=tokens)
         given = replace(config, packing_length=room or tokens)
         setup = setup_of(given, prefix, examples, found[1], packing=packing, dtype=dtype, device=place)
         if not found[0] and setup.packing:  # of unknown rows, some will fill a pass
@@ -223,7 +225,7 @@ def forecast_for(
         )
 
     on_gpu = torch.device(place).type == "cuda" and config.packing_length is None
-    return estimated(_most_that_fit(estimated) if on_gpu else PASS_TOKENS, None)
+    return estimated(_most_that_fit(estimated) if on_gpu else PASS_TOKENS, advise=None)
 
 
 def _longest(tokens: int) -> Example:
@@ -272,19 +274,23 @@ def forecast(model: PrefixModel, setup: Setup, *, force: bool) -> Estimate | Non
 def pass_tokens_for(
     model: PrefixModel,
     config: TrainConfig,
+    *,
     examples: Sequence[Example],
     eval_examples: Sequence[Example] = (),
 ) -> int:
-    """Tokens that a pass has room for unless someone says: PASS_TOKENS, and on a GPU more where they fit."""
+    """Tokens that a pass has room for unless someone says: PASS_TOKENS, and on a GPU more where they fit.
+
+    Where they cannot be estimated they are taken not to fit, and a note says so.
+    """
     base: Any = model.base_model
-    if config.packing_length is not None or base.device.type != "cuda":
+    if config.packing_length is not None or base.device.type != "cuda" or not splits(base):
         return PASS_TOKENS
     packing = config.packing and not packs(base)
-
-    def estimated(tokens: int) -> Estimate:
-        given = replace(config, packing_length=packing_length_for(config, examples, base, tokens))
-        setup = setup_of(
-            given,
+    setups = {}
+    for tokens in GPU_PASS_TOKENS:
+        room = packing_length_for(config, examples, base, pass_tokens=tokens)
+        setups[tokens] = setup_of(
+            replace(config, packing_length=room),
             model.prefix.config,
             examples,
             eval_examples,
@@ -292,16 +298,16 @@ def pass_tokens_for(
             dtype=base.dtype,
             device=str(base.device),
         )
-        return _estimate(model, setup, advise=False, so_far=0)
-
     try:
-        return _most_that_fit(estimated)
-    except Exception:  # `forecast` says that, and why, it cannot be estimated
+        return _most_that_fit(lambda tokens: _estimate(model, setups[tokens], advise=False, so_far=0))
+    except Exception as error:  # the model's own code reads values that are not there
+        told = f"{type(error).__name__}: {error}"
+        note(f"passes of {PASS_TOKENS} tokens: the memory of larger ones is not estimated: {told}")
         return PASS_TOKENS
 
 
 def _most_that_fit(estimated: Callable[[int], Estimate]) -> int:
-    """Tokens of a pass on a GPU."""
+    """Tokens of a pass on a GPU, by the estimate for so many."""
     for tokens in GPU_PASS_TOKENS[:-1]:
         found = estimated(tokens)
         if MARGIN * found.peak <= found.available:
@@ -309,30 +315,36 @@ def _most_that_fit(estimated: Callable[[int], Estimate]) -> int:
     return GPU_PASS_TOKENS[-1]
 
 
-def advice_for(model: PrefixModel, setup: Setup) -> str:
-    """What to do when the memory was full in spite of the estimate.
+def advice_for(model: PrefixModel, setup: Setup, before: Estimate | None = None) -> str:
+    """What to do when the memory was full in spite of the estimate `before` the training, if there was one.
 
-    The peak of this process is that of the run that failed, and no floor for another one.
+    The peak of this process is that of the run that failed, and no floor for another one; what is resident
+    has its optimizer's state.
     """
+    baseline = before.baseline if before is not None else None
     again = (
         "--resume goes on from the last checkpoint, where there is one; with it --gradient-checkpointing and "
         "--packing-length may be others"
     )
     try:
-        return f"{_estimate(model, setup, advise=True, so_far=0).hint}\n{again}"
+        return f"{_estimate(model, setup, advise=True, so_far=0, baseline=baseline).hint}\n{again}"
     except Exception as error:  # starved code fails anywhere, torch's dispatch with a SystemError
         told = f"(no estimate: {type(error).__name__})"
         return f"--gradient-checkpointing, a smaller batch or shorter rows need less {told}\n{again}"
 
 
-def _estimate(model: PrefixModel, setup: Setup, *, advise: bool | None, so_far: int) -> Estimate:
-    tensors = {id(t): t.nbytes for part in (model.parameters(), model.buffers()) for t in part}
-    take_workspaces(setup.device)
+def _estimate(
+    model: PrefixModel, setup: Setup, *, advise: bool | None, so_far: int, baseline: int | None = None
+) -> Estimate:
+    if baseline is None:
+        tensors = {id(t): t.nbytes for part in (model.parameters(), model.buffers()) for t in part}
+        take_workspaces(setup.device, setup.dtype)
+        baseline = max(0, resident(setup.device) - sum(tensors.values()))
     return estimate(
         without_weights(model.base_model),
         setup,
         available=budget(setup.device),
-        baseline=max(0, resident(setup.device) - sum(tensors.values())),
+        baseline=baseline,
         so_far=so_far,
         advise=advise,
     )

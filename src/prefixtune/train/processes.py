@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from prefixtune.errors import ConfigError
 from prefixtune.progress import muted
 
-__all__ = ["first_alone", "is_first", "joined", "one_process_only", "told_once"]
+__all__ = ["first_alone", "is_first", "joined", "least", "one_process_only", "told_once"]
 
 
 def joined() -> Any:
@@ -40,6 +41,11 @@ def first_alone() -> Iterator[None]:
     """What is within runs in the first process, then in the others."""
     with joined().main_process_first():
         yield
+
+
+def least(number: int) -> int:
+    """The least of the processes' numbers; each has to come here."""
+    return min(gather_object([number])) if joined().num_processes > 1 else number
 
 
 def one_process_only(what: str, *, hint: str) -> None:

@@ -51,7 +51,7 @@ from prefixtune.train.folder import (
     record_run,
 )
 from prefixtune.train.forecast import advice_for, check_weights, forecast, pass_tokens_for, setup_of
-from prefixtune.train.processes import first_alone, is_first, joined, one_process_only, told_once
+from prefixtune.train.processes import first_alone, is_first, joined, least, one_process_only, told_once
 from prefixtune.train.rate import find_learning_rate
 from prefixtune.train.trainer import PrefixTrainer, run
 
@@ -207,15 +207,20 @@ def train_examples(
     }
     prefix_model = PrefixModel(base.model, prefix_config, tokenizer=base.tokenizer)
     prefix_model.record |= {"template": template, "training": None}
+
+    def room() -> int:  # of all processes: what is recorded is the first one's
+        return least(
+            pass_tokens_for(prefix_model, config, examples=examples, eval_examples=eval_examples or ())
+        )
+
     if began:
         resolved = began["resolved"]
         check_resumed(output, resolved, same, processes=processes)
         if config.packing_length != began["asked"]["train_config"].get("packing_length"):
-            room = pass_tokens_for(prefix_model, config, examples, eval_examples or ())
-            resolved = {**resolved, "packing_length": packing_length_for(config, examples, base.model, room)}
+            length = packing_length_for(config, examples, base.model, pass_tokens=room())
+            resolved = {**resolved, "packing_length": length}
     else:
-        room = pass_tokens_for(prefix_model, config, examples, eval_examples or ())
-        resolved = resolve(config, prefix_config, base, examples, processes=processes, pass_tokens=room)
+        resolved = resolve(config, prefix_config, base, examples, processes=processes, pass_tokens=room())
         resolved |= {name: found for name, (_, found) in same.items()}
     trainer = make_trainer(prefix_model, config, resolved, output, rows=rows, tokenizer=base.tokenizer)
     setup = setup_of(
@@ -230,7 +235,7 @@ def train_examples(
     )
     estimate = forecast(prefix_model, setup, force=force)
     if config.find_learning_rate and not resume:
-        with explain_full_memory("the range test", hint=lambda: advice_for(prefix_model, setup)):
+        with explain_full_memory("the range test", hint=lambda: advice_for(prefix_model, setup, estimate)):
             test = find_learning_rate(base, examples, prefix=prefix_config, config=config, resolved=resolved)
         resolved = {**resolved, "learning_rate": test.suggested}
         trainer.args.learning_rate = test.suggested
@@ -257,7 +262,7 @@ def train_examples(
             note(f"bare model: {kind} {base_loss:.4f}")
         steps, rate = resolved["steps"], resolved["learning_rate"]
         note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
-        with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup)):
+        with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup, estimate)):
             checkpoint = last_checkpoint(output, processes=processes) if resume else None
             seconds = run(trainer, output, steps=steps, checkpoint=checkpoint)
         return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
