@@ -17,6 +17,7 @@ from prefixtune.evaluate import evaluate, target_loss
 from prefixtune.forgetting import forgetting, neutral_texts
 from prefixtune.generate import generate_batch
 from prefixtune.likelihood import choose_labels, row_losses
+from prefixtune.loss import Passes
 from prefixtune.metrics import score
 from prefixtune.task import SPARE_TOKENS
 from tokenizers_for_tests import CHANNELLED, CHATML, THINKING, byte_tokenizer
@@ -61,6 +62,31 @@ def test_target_loss_is_the_mean_over_tokens_not_over_rows_or_batches(make: Any,
     loss, tokens = target_loss(model, EXAMPLES, pad_token_id=0, capacity=5 * batch_size)
     assert loss == pytest.approx(row_by_row(model), rel=1e-5)
     assert tokens == sum(example.target_tokens for example in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "splits", "room"), [(False, True, 512), (True, True, 2048), (True, False, 512)]
+)
+def test_a_pass_on_a_gpu_has_more_room_unless_whole_logits_are_made(
+    on_gpu: bool, splits: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefixtune.evaluate as evaluation
+
+    model, asked = prefixed(), []
+    own = Passes.of
+
+    def seen(base: Any, *, capacity: int, **given: Any) -> Passes:
+        asked.append(capacity)
+        return own(base, capacity=capacity, **given)
+
+    expected = target_loss(model, EXAMPLES, pad_token_id=0)
+    monkeypatch.setattr(Passes, "of", seen)
+    monkeypatch.setattr(evaluation, "splits", lambda base: splits)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: on_gpu))
+    loss, tokens = target_loss(model, EXAMPLES, pad_token_id=0)
+    assert asked == [room]
+    assert tokens == expected[1]
+    assert loss == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_rows_with_a_long_beginning_share_a_pass() -> None:
