@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_tokenizer()
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [{"instruction": f"Say {i}.", "input": "", "output": "yes" * (1 + i % 3)} for i in range(12)]
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": "yes" * (4 + i % 3)} for i in range(12)]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 
@@ -177,14 +177,19 @@ def test_who_does_not_look_for_a_rate_says_so(tmp_path: Path) -> None:
         ({"max_steps": 125, "token_damping": 0.0}, 0.0, 5e-2),
         ({"max_steps": 125, "learning_rate": 1e-2}, 0.5, 1e-2),
         ({"max_steps": 126, "token_damping": 0.7}, 0.7, 7e-2),
+        ({"max_steps": 125, "targets": 10}, 0.0, 5e-2),  # labels
+        ({"max_steps": 125, "targets": 10, "token_damping": 0.5}, 0.5, 7e-2),
     ],
     ids=str,
 )
 def test_tokens_of_short_runs_are_damped(
     options: dict[str, Any], damping: float, rate: float, tmp_path: Path
 ) -> None:
+    options = dict(options)
+    targets = options.pop("targets", 11)
     base = LoadedBase(model=tiny_model("llama"), tokenizer=None, name="tiny", dtype_reason="")
-    rows = [Example(input_ids=(5, 6, 7), labels=(-100, 6, 7), origin="", truncated=0)]
+    ids = (5,) * (1 + targets)
+    rows = [Example(input_ids=ids, labels=(-100, *ids[1:]), origin="", truncated=0)]
     config = TrainConfig(**options, retain=0, report_to="none")
     trainer, _ = trainer_for(
         base, rows, prefix_options={"init": "random"}, config=config, output=tmp_path / "run", pad_token_id=0

@@ -280,7 +280,7 @@ class TrainConfig(_Config):
     token_damping: float | None = option(
         None,
         "how much less the virtual tokens with most of the attention step, 0 (not at all) to 1; 0.5 by "
-        "default in runs of up to 125 steps, 0 in longer ones and with a projection",
+        "default in runs of up to 125 steps, 0 in longer ones, of labels, and with a projection",
     )
     retain: float = option(
         0.1,

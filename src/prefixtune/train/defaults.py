@@ -47,7 +47,7 @@ FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # Rows whose targets are labels have little to learn by heart, and few targets in a step
 LABELS, FEWEST_LABEL_STEPS = 10, 50
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
-# better without (docs/adr/0011).
+# better without (docs/adr/0011), and so are labels (docs/defaults.md).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
 # of the size of the keys and values (docs/adr/0007), without damping and with it
 DIRECT_LEARNING_RATE, DAMPED_LEARNING_RATE = 5e-2, 7e-2
@@ -200,7 +200,7 @@ def resolve(
     hidden_size = prefix.hidden_size or Geometry.probe(base.model).hidden_size
     targets = [example.target_tokens for example in examples]
     steps = planned_steps(config, targets, processes)
-    damping = _token_damping(config, prefix, steps)
+    damping = _token_damping(config, prefix, steps, labels=_are_labels(targets))
     return {
         "steps": steps,
         "epochs": planned_epochs(config, targets, processes),
@@ -232,13 +232,17 @@ def packing_length_for(
     return default_capacity(ids, first_targets, packing=packing, tokens=pass_tokens)
 
 
-def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int) -> float:
+def _are_labels(targets: Sequence[int]) -> bool:
+    return sum(targets) <= LABELS * len(targets)
+
+
+def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int, *, labels: bool) -> float:
     if prefix.projection:
         check_damping(prefix, config)
         return 0.0
     if config.token_damping is not None:
         return config.token_damping
-    return TOKEN_DAMPING if steps <= FEW_STEPS else 0.0
+    return TOKEN_DAMPING if steps <= FEW_STEPS and not labels else 0.0
 
 
 def default_learning_rate(config: PrefixConfig, hidden_size: int, damping: float = 0.0) -> float:
@@ -274,8 +278,7 @@ def planned_epochs(config: TrainConfig, targets: Sequence[int], processes: int =
     steps = _steps_of_an_epoch(config, len(targets), processes)
     if steps >= MANY_STEPS:
         return 1.0
-    labels = sum(targets) <= LABELS * len(targets)
-    fewest = FEWEST_LABEL_STEPS if labels else FEWEST_STEPS
+    fewest = FEWEST_LABEL_STEPS if _are_labels(targets) else FEWEST_STEPS
     return float(max(EPOCHS, min(MOST_EPOCHS, math.ceil(fewest / steps))))
 
 
