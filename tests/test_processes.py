@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.data import Collator, Example
-from prefixtune.train import PrefixTrainer
+from prefixtune.train import PrefixTrainer, leave
 
 output, batch, projection = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 torch.set_num_threads(1)
@@ -55,6 +55,8 @@ trainer.train()
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     torch.save({"prefix": model.prefix.state_dict(), "losses": losses}, output + "/found.pt")
+del trainer, model
+leave()
 """
 
 
@@ -95,10 +97,11 @@ def test_two_processes_train_as_one_does_on_the_rows_of_both(tmp_path: Path, pro
 
 LEAST = """
 import os
-from prefixtune.train.processes import joined, least
+from prefixtune.train.processes import joined, least, leave
 found = least(512 * (1 + joined().process_index))
 # at once: print writes a line in two parts, and that of the other process gets between them
 os.write(1, f"{found}\\n".encode())
+leave()
 """
 
 
@@ -118,9 +121,19 @@ def command(place: Path, output: Path, *, batch: int) -> list[str]:
     return [str(arg) for arg in [*args, "--dtype", "float32", "--report-to", "none", "--json"]]
 
 
+COMMAND = """
+import torch, prefixtune.cli
+torch.set_num_threads(1)
+try:
+    prefixtune.cli.main()
+finally:
+    assert not torch.distributed.is_initialized()
+"""
+
+
 def in_two(place: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     script = place / "command.py"
-    script.write_text("import torch, prefixtune.cli\ntorch.set_num_threads(1)\nprefixtune.cli.main()\n")
+    script.write_text(COMMAND, encoding="utf-8")
     return launched(script, *command(place, output, batch=3), *more, processes=2, home=place)
 
 

@@ -69,3 +69,4 @@ def train(
     )
     if room.is_first():
         print_json(result.to_dict()) if as_json else click.echo(result.summary())
+    room.leave()

@@ -20,7 +20,7 @@ from prefixtune.train.defaults import (
     telling_rows,
     warmup_steps_for,
 )
-from prefixtune.train.processes import is_first, one_process_only
+from prefixtune.train.processes import is_first, leave, one_process_only
 from prefixtune.train.session import TrainResult, train, train_examples
 from prefixtune.train.trainer import PrefixTrainer
 
@@ -33,6 +33,7 @@ __all__ = [
     "default_length",
     "default_start",
     "is_first",
+    "leave",
     "one_process_only",
     "planned_epochs",
     "planned_steps",

@@ -6,6 +6,7 @@ which all must see, and alone tells what happens.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from prefixtune.errors import ConfigError
 from prefixtune.progress import muted
 
-__all__ = ["first_alone", "is_first", "joined", "least", "one_process_only", "told_once"]
+__all__ = ["first_alone", "is_first", "joined", "least", "leave", "one_process_only", "told_once"]
 
 
 def joined() -> Any:
@@ -46,6 +47,16 @@ def first_alone() -> Iterator[None]:
 def least(number: int) -> int:
     """The least of the processes' numbers; each has to come here."""
     return min(gather_object([number])) if joined().num_processes > 1 else number
+
+
+def leave() -> None:
+    """End what this process has with the others, as torch.distributed asks before an exit.
+
+    gloo's threads may hold tensors, and abort a process that lets go of them while its interpreter ends
+    (pytorch/pytorch#179291). What is left of a trainer holds the group: the caller has dropped it.
+    """
+    gc.collect()
+    joined().destroy_process_group()
 
 
 def one_process_only(what: str, *, hint: str) -> None:
