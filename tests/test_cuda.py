@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from families import EXTRA, FAMILIES, VOCAB, tiny_model
+from laws.losses import by_passes, continued, reference, rows_of
 from laws.oracle import without_dropout
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel, attach
-from prefixtune.attachment import attach_pairs
 from prefixtune.config import SCHEMES
-from prefixtune.loss import Passes, RowTokens
 from prefixtune.quantize import quantize_base
 from tokenizers_for_tests import byte_tokenizer
 
@@ -39,53 +38,11 @@ START = PrefixConfig(length=PREFIX, init="tokens", init_tokens=(5, 6, 7, 8, 9))
 every_family = pytest.mark.parametrize("family", FAMILIES + EXTRA)
 
 
-def rows_of(lengths: tuple[int, ...] = (9, 4, 12, 1, 7), *, common: int = 0) -> list[RowTokens]:
-    """Random rows, about half of their tokens targets, behind `common` tokens that are none."""
-    draw = torch.Generator().manual_seed(1)
-    head = torch.randint(3, VOCAB, (common,), generator=draw)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(3, VOCAB, (length,), generator=draw)
-        labels = torch.where(torch.rand(length, generator=draw) < 0.6, ids, -100)
-        if common:
-            labels[0] = -100
-        rows.append(RowTokens(torch.cat([head, ids]), torch.cat([torch.full((common,), -100), labels])))
-    return rows
-
-
 def pairs_of(kv: PrefixKV, device: str) -> list[tuple[Tensor, Tensor]]:
     def live(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().to(device).requires_grad_()
 
     return [(live(layer.key), live(layer.value)) for layer in kv.layers]
-
-
-def gradient_of(pairs: Any) -> Tensor:
-    return torch.cat([tensor.grad.flatten().cpu() for pair in pairs for tensor in pair])
-
-
-def reference(base: Any, rows: list[RowTokens], kv: PrefixKV) -> tuple[float, Tensor]:
-    """On the CPU, each row alone, with its whole logits."""
-    pairs, total = pairs_of(kv, "cpu"), 0.0
-    for row in rows:
-        with attach_pairs(base, pairs, name="reference"):
-            logits = base(input_ids=row.input_ids[None], use_cache=False).logits[0]
-            loss = F.cross_entropy(logits[:-1], row.labels[1:], reduction="sum")
-            loss.backward()
-        total += loss.item()
-    return total, gradient_of(pairs)
-
-
-def by_passes(
-    base: Any, rows: list[RowTokens], kv: PrefixKV, *, packing: bool, capacity: int
-) -> tuple[float, Tensor]:
-    pairs, total = pairs_of(kv, GPU), 0.0
-    passes = Passes.of(base, capacity=capacity, pad_token_id=0, packing=packing)
-    for group in passes.plan(rows):
-        with passes.loss([rows[i] for i in group], pairs) as loss:
-            loss.backward()
-        total += loss.item()
-    return total, gradient_of(pairs)
 
 
 def prefix_of(base: Any, length: int = PREFIX, seed: int = 2) -> PrefixKV:
@@ -97,11 +54,11 @@ def prefix_of(base: Any, length: int = PREFIX, seed: int = 2) -> PrefixKV:
 @pytest.mark.parametrize("common", [0, 11])
 def test_loss_and_gradient_are_those_of_each_row_alone_on_the_cpu(family: str, common: int) -> None:
     base = tiny_model(family).requires_grad_(False)
-    rows, kv = rows_of(common=common), prefix_of(base)
-    expected, expected_gradient = reference(base, rows, kv)
+    rows, kv = (continued(rows_of(), common) if common else rows_of()), prefix_of(base)
+    expected, expected_gradient = reference(base, rows, pairs_of(kv, "cpu"))
     there = tiny_model(family).requires_grad_(False).to(GPU)
     for packing in (True, False):
-        total, gradient = by_passes(there, rows, kv, packing=packing, capacity=50)
+        _, total, gradient = by_passes(there, rows, pairs_of(kv, GPU), packing=packing, capacity=50)
         assert total == pytest.approx(expected, rel=1e-4)
         assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
 
@@ -111,10 +68,8 @@ def test_bfloat16_gradient_stays_close_to_float32(family: str) -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny_model(family).to(torch.bfloat16).to(dtype).requires_grad_(False)
-        kv = prefix_of(tiny_model(family))
-        found[dtype] = by_passes(
-            base.to(GPU), rows_of((90, 60, 33), common=9), kv, packing=True, capacity=200
-        )
+        rows, pairs = continued(rows_of((90, 60, 33)), 9), pairs_of(prefix_of(tiny_model(family)), GPU)
+        found[dtype] = by_passes(base.to(GPU), rows, pairs, packing=True, capacity=200)[1:]
     (exact, gradient), (rounded, coarse) = found[torch.float32], found[torch.bfloat16]
     assert rounded == pytest.approx(exact, rel=0.03)
     assert F.cosine_similarity(gradient, coarse, dim=0) > 0.95
@@ -128,7 +83,8 @@ def test_checkpointing_changes_no_gradient(family: str) -> None:
     for on in (False, True):
         model = without_dropout(PrefixModel(base, START))
         (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
-        found.append(by_passes(base, rows_of(common=11), kv, packing=True, capacity=50))
+        rows, pairs = continued(rows_of(), 11), pairs_of(kv, GPU)
+        found.append(by_passes(base, rows, pairs, packing=True, capacity=50)[1:])
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
 
@@ -140,8 +96,8 @@ def test_quantised_base_has_the_gradient_of_the_cpu(family: str, scheme: str) ->
         pytest.importorskip("bitsandbytes")
     base = quantize_base(tiny_model(family, **({"hidden_size": 64} if family == "llama" else {})), scheme)
     rows, kv = rows_of(), prefix_of(base)
-    expected, expected_gradient = reference(base, rows, kv)
-    total, gradient = by_passes(base.to(GPU), rows, kv, packing=True, capacity=50)
+    expected, expected_gradient = reference(base, rows, pairs_of(kv, "cpu"))
+    _, total, gradient = by_passes(base.to(GPU), rows, pairs_of(kv, GPU), packing=True, capacity=50)
     assert total == pytest.approx(expected, rel=1e-4)
     assert (gradient - expected_gradient).norm() <= 1e-3 * expected_gradient.norm()
 

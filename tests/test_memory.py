@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from prefixtune.memory import (
     explain_full_memory,
     measure_step,
     reading_bytes,
+    take_workspaces,
 )
 from prefixtune.memory.estimate import sampling_bytes
 from prefixtune.memory.host import group_room
@@ -923,12 +925,32 @@ def test_a_run_takes_the_room_of_its_gpu_and_on_a_cpu_no_more(
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "is_raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+    ],
+)
+def test_a_gpu_too_full_for_workspaces_is_left_to_the_estimate_and_other_errors_are_not(
+    error: RuntimeError, is_raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "ones", full)
+    take_workspaces("cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="assert triggered") if is_raised else nullcontext():
+        take_workspaces("cuda", torch.float32)
+
+
 def test_steps_of_a_loaded_model_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefixtune.memory.step as step
     import prefixtune.train.forecast as forecast
 
     model, counted = PrefixModel(tiny_model("llama"), PrefixConfig(length=4)), []
-    step = sys.modules[measure_step.__module__]
-    own = step._measure  # type: ignore[attr-defined]
+    own = step._measure
     monkeypatch.setattr(step, "_measure", lambda base, setup: (counted.append(setup), own(base, setup))[1])
     found = [forecast.forecast(model, setup(sampled_rows=rows), force=True) for rows in (0, 32, 32)]
     assert len(counted) == 1

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from losses import by_passes, continued, gradients, reference, rows_of
 from oracle import without_dropout
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,57 +27,13 @@ from prefixtune.loss import (
     pack_rows,
 )
 
-LENGTHS = (9, 4, 12, 1, 7)
 PREFIX = 5
-
-
-def rows_of(lengths=LENGTHS, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for length in lengths:
-        ids = torch.randint(3, VOCAB, (length,), generator=generator)
-        labels = torch.where(torch.rand(length, generator=generator) < 0.6, ids, -100)
-        rows.append(RowTokens(ids, labels))
-    return rows
 
 
 def live_pairs(base):
     text = torch.randint(3, VOCAB, (1, PREFIX), generator=torch.Generator().manual_seed(2))
     kv = PrefixKV.from_tokens(base, text)
     return [(layer.key.requires_grad_(), layer.value.requires_grad_()) for layer in kv.layers]
-
-
-def gradients(pairs):
-    return torch.cat([tensor.grad.flatten() for pair in pairs for tensor in pair])
-
-
-def reference(base, rows, pairs):
-    """Each row alone, with its whole logits."""
-    total = 0.0
-    for row in rows:
-        with attach_pairs(base, pairs, name="reference"):
-            logits = base(input_ids=row.input_ids[None], use_cache=False).logits[0]
-            loss = F.cross_entropy(logits[:-1], row.labels[1:], reduction="sum")
-            loss.backward()
-        total += loss.item()
-    return total, gradients(pairs)
-
-
-def by_passes(base, rows, pairs, *, packing, capacity=20):
-    passes = Passes.of(base, capacity=capacity, pad_token_id=0, packing=packing)
-    total = 0.0
-    for group in passes.plan(rows):
-        with passes.loss([rows[i] for i in group], pairs) as loss:
-            loss.backward()
-        total += loss.item()
-    return passes, total, gradients(pairs)
-
-
-def continued(rows, common, seed=6):
-    """The rows after `common` tokens, which are no targets; nor is what the last of them predicts."""
-    head = torch.randint(3, VOCAB, (common,), generator=torch.Generator().manual_seed(seed))
-    front = torch.full((common + 1,), -100)
-    return [RowTokens(torch.cat([head, r.input_ids]), torch.cat([front, r.labels[1:]])) for r in rows]
 
 
 @contextmanager

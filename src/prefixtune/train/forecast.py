@@ -287,7 +287,7 @@ def pass_tokens_for(
         return PASS_TOKENS
     packing = config.packing and not packs(base)
     setups = {}
-    for tokens in GPU_PASS_TOKENS:
+    for tokens in GPU_PASS_TOKENS[:-1]:
         room = packing_length_for(config, examples, base, pass_tokens=tokens)
         setups[tokens] = setup_of(
             replace(config, packing_length=room),
