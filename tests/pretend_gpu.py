@@ -19,13 +19,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 __all__ = ["GPU", "IS_REAL", "moved", "on_gpu"]
 
-_setup_privateuseone_for_python_backend("pretend")
 IS_REAL = os.environ.get("PREFIXTUNE_TEST_GPU") == "cuda"
+if not IS_REAL:  # beside a real one the other takes its place, in autograd and where memory is pinned
+    _setup_privateuseone_for_python_backend("pretend")
+    MODULE: Any = torch.pretend  # type: ignore[attr-defined]
+    MODULE.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    MODULE.get_rng_state = lambda device=None: torch.get_rng_state()
+    MODULE.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 GPU, HOST = torch.device("cuda" if IS_REAL else "pretend", 0), torch.device("cpu")
-MODULE: Any = torch.pretend  # type: ignore[attr-defined]
-MODULE.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-MODULE.get_rng_state = lambda device=None: torch.get_rng_state()
-MODULE.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 
 aten = torch.ops.aten
 TAKES_BOTH = {  # from one device to the other, or an index of the host
