@@ -130,15 +130,20 @@ def main(
                 click.echo(f"SKIPPED {contestant.name}: {error}", err=True)
                 continue
             found["contestants"].append(entry)
+            _write(output, found)  # a run that is cut short leaves what it has
             peak = gigabytes(entry["peak_bytes"])
             done = f"{number} of {len(chosen)}: {contestant.name}"
             click.echo(f"{done}: peak {peak} GB, {entry['step_seconds']:.3f} s a step", err=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _write(output, found)
     page = page or (PAGE if output == RESULTS else None)
     if page is not None:
         put_between(page, MARKER, memory_table(found))
     click.echo(memory_table(found))
+
+
+def _write(output: Path, found: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(device: str, config: str, steps: int, loaded: int) -> None:

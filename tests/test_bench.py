@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,10 +24,12 @@ ROWS, ROUNDS, MAX_LENGTH = 8, 2, 64
 BEGIN, END = "<!-- bench: {}: begin -->", "<!-- bench: {}: end -->"
 
 
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -205,6 +208,20 @@ def test_gpu_benchmark_measures_each_contestant_in_a_small_model_on_the_cpu(tmp_
         assert 0 < entry["initial_bytes"] <= entry["peak_bytes"]
         assert entry["step_seconds"] > 0
         assert len(entry["losses"]) == 3
+
+
+def test_gpu_benchmark_that_is_stopped_leaves_what_it_measured(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    options = ["--device=cpu", "--config=small", "--steps=3", "--only=prefixtune-fp32,prefixtune-bf16"]
+    command = [sys.executable, str(BENCH / "gpu.py"), *options, f"--output={output}"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as bench:
+        assert bench.stderr is not None
+        assert any("1 of 2: prefixtune-fp32" in line for line in bench.stderr)
+        bench.send_signal(signal.SIGINT)  # the second is being loaded
+        bench.communicate()
+    assert bench.returncode != 0
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [entry["name"] for entry in found["contestants"]] == ["prefixtune-fp32"]
 
 
 def test_gpu_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
