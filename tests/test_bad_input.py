@@ -405,6 +405,14 @@ def test_rows_that_a_metric_cannot_use_are_told(place: Path, options: list[Any],
     refused(place, *use("evaluate", place / "prefix", *options), said=said)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_what_was_measured_is_told_where_it_cannot_be_written(place: Path) -> None:
+    result = call(*use("evaluate", place / "prefix", "--output", "/dev/full", "--json"))
+    assert result.exit_code == 1
+    assert "No space left" in result.stderr
+    assert json.loads(result.stdout)["loss"] > 0
+
+
 def test_answers_never_replace_what_is_read(place: Path, tmp_path: Path) -> None:
     for output in ("rows.jsonl", "prefix/prefix.json"):
         refused(place, *use("evaluate", place / "prefix", "--output", place / output), said="would be lost")

@@ -18,11 +18,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from families import tiny_model
-from prefixtune import PrefixTuneError, __version__
+from prefixtune import PrefixModel, PrefixTuneError, __version__
 from prefixtune.cli import main
 from prefixtune.cli.group import Group
 from prefixtune.cli.options import config_options
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
+from prefixtune.load import load_base
 from tokenizers_for_tests import CHATML, byte_tokenizer
 
 BLOOM = {"model_type": "bloom", "vocab_size": 46145, "hidden_size": 2048, "n_layer": 24, "n_head": 16}
@@ -121,6 +122,10 @@ def test_every_field_of_every_config_is_an_option_with_its_help_and_default() ->
 def test_nothing_given_is_nothing_passed_on() -> None:
     values = given("--model", "m")
     assert values["prefix_options"] == values["data_options"] == values["train_options"] == {}
+
+
+def test_file_may_begin_with_a_byte_order_mark(toml: Any) -> None:
+    assert given("--model", "m", "--config", toml('\ufeffdata = "b.jsonl"\n'))["data"] == "b.jsonl"
 
 
 def test_option_beats_set_beats_file_beats_default(toml: Any) -> None:
@@ -613,6 +618,41 @@ def test_chat_remembers_what_was_said(base: Path) -> None:
     assert twice.startswith(once)
     assert forgotten == once + once
     assert twice != forgotten
+
+
+def test_chat_takes_the_folder_of_that_name_before_the_last_prefix_of_that_name(
+    base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = PrefixModel(load_base(str(base), dtype="float32").model, PrefixConfig(length=3))
+    made.save_pretrained(tmp_path / trained.name)
+    common = ["--dtype", "float32", "--max-new-tokens", 5]
+
+    def said(folder: Path, turns: str) -> str:
+        return succeed("chat", "--prefix", folder, *common, stdin=turns).stdout
+
+    asked = f"/prefix {trained.name}\nGive 0 tips.\n"
+    last, here = (said(folder, "Give 0 tips.\n") for folder in (trained, tmp_path / trained.name))
+    assert last != here
+    assert said(trained, asked) == last  # there is no such folder where it runs
+    monkeypatch.chdir(tmp_path)
+    assert said(trained, asked) == here
+
+
+def test_chat_reads_a_file_that_begins_with_a_byte_order_mark(base: Path) -> None:
+    result = succeed("chat", "--model", base, "--max-new-tokens", 2, stdin="\ufeff/help\n")
+    assert "/reset" in result.stderr
+    assert not result.stdout
+
+
+def test_letters_that_stdout_has_no_code_for_end_no_command(base: Path) -> None:
+    line = [sys.executable, "-m", "prefixtune", "generate", "--model", base, "--max-new-tokens", "2"]
+    line += ["--prompt", "三é😀"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    for more in (["--json"], []):
+        done = subprocess.run([*line, *more], env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if more:
+            assert json.loads(done.stdout)[0]["prompt"].count("三é😀") == 1
 
 
 def test_chat_goes_on_after_a_mistake(base: Path, tmp_path: Path) -> None:

@@ -478,8 +478,11 @@ def test_model_writes_the_questions_about_an_instruction_alone(place: Path) -> N
 def test_text_is_read_from_stdin_and_the_result_is_a_table(place: Path) -> None:
     args = options(place, place / "stdin", "--max-steps", 1, "--rows", 1)
     args[args.index("--text") + 1] = "-"
-    result = CliRunner().invoke(main, args, input=TEXT)
+    result = CliRunner().invoke(main, args, input="\ufeff" + TEXT)  # as editors of Windows begin a file
     assert result.exit_code == 0, result.stderr
+    found = json.loads((place / "stdin" / "comparison.json").read_text(encoding="utf-8"))
+    context = Context.of(TEXT, byte_tokenizer(chat_template=CHATML), template=found["template"])
+    assert found["text_tokens"] == len(context.ids)
     for word in (
         "teacher:",
         "no text",

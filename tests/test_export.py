@@ -196,6 +196,33 @@ def test_text_form_takes_one_message_of_the_user(output: Path) -> None:
             tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
 
 
+LOOPS = (  # as the one of Gemma 3 does
+    "{% for message in messages %}<{{ message['role'] }}>{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for item in message['content'] %}{{ item['text'] }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("form", ["human", FORMAT])
+def test_text_form_takes_a_text_in_parts_as_vllm_gives_it_for_some_templates(form: str) -> None:
+    tokenizer = byte_tokenizer(chat_template=LOOPS)
+    server = server_template(LOOPS, reserve(tokenizer, vocabulary=9999, chosen=None))
+    placeholder = reserve(tokenizer, vocabulary=9999, chosen=None)
+    found = chat_arguments(form, tokenizer, server=server, placeholder=placeholder)
+    assert found is not None
+    options: dict[str, Any] = {f"prefixtune_{key}": value for key, value in found.items()}
+    options |= {"chat_template": server, "tokenize": False}
+
+    def rendered(content: Any) -> Any:
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
+
+    parts = [{"type": "text", "text": "Where is"}, {"type": "text", "text": "it?"}]
+    assert rendered(parts) == rendered("Where is\nit?")
+    assert "Where is\nit?" in rendered(parts)
+    with pytest.raises(Exception, match="send nothing else"):
+        rendered([*parts, {"type": "image_url", "image_url": {"url": "x"}}])
+
+
 # --- the reserved token
 
 
@@ -295,6 +322,8 @@ def test_names_are_told_apart_and_fit_into_an_address(place: Path, tmp_path: Pat
     for name in ("a/b", "a:b", "..", "é"):
         wrong = run(f"{name}={place / 'chat'}", "--output", tmp_path / "x")
         assert (wrong.exit_code, "prefix name" in wrong.stderr) == (2, True)
+    base = run(place / "chat", "--served-name", "org:mail", "--output", tmp_path / "x")
+    assert (base.exit_code, "--served-name org-mail" in base.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -485,3 +485,14 @@ def test_log_is_lines_of_json_without_prompts_unless_asked_for(base: Any, log_pr
     assert (line["prompt_tokens"] > 0, line["completion_tokens"]) == (True, 4)
     assert ("secret" in json.dumps(line)) is log_prompts
     assert ((answer in line.get("answers", [])) or not log_prompts) is True
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_log_has_the_answers_of_a_stream_as_those_of_a_whole_one(base: Any, log_prompts: bool) -> None:
+    body = {"model": NAME, "prompt": ["a", "bc"], "max_tokens": 4, "temperature": 0}
+    with client_of(base, log_prompts=log_prompts) as client:
+        for stream in (False, True):
+            client.post("/v1/completions", json=body | {"stream": stream})
+        whole, streamed = (line for line in client.lines() if line["event"] == "request")
+    assert streamed.get("answers") == whole.get("answers")
+    assert ("answers" in streamed) is log_prompts

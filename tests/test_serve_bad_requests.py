@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,29 @@ def test_admin_loads_reloads_lists_and_unloads(client: Any, tmp_path: Path) -> N
         check(client, client.delete(path, headers=headers), 404)
     check(client, client.post("/admin/prefixes/late/reload", headers=headers), 404)
     check(client, client.post(TEXT, json=complete), 404)
+
+
+def test_reload_of_a_folder_that_vanished_is_no_success(client: Any) -> None:
+    headers = {"authorization": "Bearer a"}
+    folder = client.service.store._folder / "gone"
+    write_prefix(client.base, folder, length=3, seed=4)
+    assert client.post("/admin/prefixes", json={"name": "gone"}, headers=headers).status_code == 200
+    shutil.rmtree(folder)
+    response = client.post("/admin/prefixes/gone/reload", headers=headers)
+    assert (response.status_code, "its folder is gone" in response.text) == (400, True)
+    check(client, client.post("/admin/prefixes/gone/reload", headers=headers), 404)
+
+
+def test_chat_with_a_prefix_of_several_fields_is_the_clients_mistake(client: Any) -> None:
+    headers = {"authorization": "Bearer a"}
+    folder = client.service.store._folder / "fields"
+    write_prefix(client.base, folder, length=3, seed=4, template="Q: {question}\nC: {context}\nA: {answer}")
+    client.post("/admin/prefixes", json={"name": "fields"}, headers=headers)
+    body = {"model": f"{NAME}:fields", "messages": [{"role": "user", "content": "x"}]}
+    response = client.post(CHAT, json=body)
+    check(client, response, 400)
+    assert "question, context" in response.text
+    client.delete("/admin/prefixes/fields", headers=headers)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)

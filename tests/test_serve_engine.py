@@ -393,6 +393,12 @@ def test_full_queue_refuses_all_of_a_request_and_says_when_to_come_again(base: A
     made.submit(job_of(Heard(), [5]))
 
 
+def test_more_prompts_than_the_queue_holds_are_taken_where_nothing_waits(base: Any) -> None:
+    made = Engine(base, queue=1)  # to come again would never help
+    made.submit(job_of(Heard(), [5]), job_of(Heard(), [6]))
+    assert made.waiting == 2
+
+
 def test_late_job_is_told_so_while_it_waits_and_while_it_runs(base: Any) -> None:
     made = Engine(base, rows=1, cached_tokens=10**9)
     made.start()

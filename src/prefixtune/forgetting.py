@@ -179,7 +179,7 @@ def read_texts(path: Path, tokenizer: Any, *, tokens: int = 128) -> NeutralTexts
         DataError: the file cannot be read, or has no text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a text file in UTF-8: {error}") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

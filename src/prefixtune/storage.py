@@ -37,6 +37,7 @@ __all__ = ["SCHEMA", "StoredPrefix", "check_base", "load_prefix", "read_info", "
 
 SCHEMA = 1
 TENSORS, TRAINABLE, INFO, CARD = "prefix.safetensors", "trainable.safetensors", "prefix.json", "README.md"
+DRAFT = ".prefixtune."
 
 
 ENTRIES: dict[str, type | tuple[type, ...]] = {  # what prefix.json must have
@@ -238,9 +239,13 @@ def _difference(trained: Sequence[LayerGeometry], base: Sequence[LayerGeometry])
 
 @contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
-    """A draft folder that takes `target`'s place when the block ends well: synced to disk, then renamed."""
+    """A draft folder that takes `target`'s place when the block ends well: synced to disk, then renamed.
+
+    It lies in a target that exists, whose parent may be of another disk (a mount, a link) or not be writable.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    place = target if target.is_dir() else target.parent
+    draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=place))
     try:
         yield draft
         for file in draft.iterdir():
@@ -248,7 +253,7 @@ def write_folder(target: Path) -> Iterator[Path]:
         _sync_names(draft)
         draft.chmod(0o755)
         _exchange(draft, target)
-        _sync_names(target.parent)
+        _sync_names(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -259,7 +264,7 @@ def _exchange(draft: Path, target: Path) -> None:
         draft.rename(target)
         return
     names = sorted((file.name for file in draft.iterdir()), key=lambda name: name == INFO)  # checksums last
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as old:
+    with tempfile.TemporaryDirectory(prefix=DRAFT, dir=target) as old:
         for name in {*names, TRAINABLE}:
             if (target / name).exists():
                 _keep(target / name, Path(old) / name)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -370,6 +371,7 @@ def test_save_that_fails_over_an_older_prefix_leaves_one_of_them_whole(
     found = load(folder)
     assert same(tensors(found), tensors(old)) or same(tensors(found), tensors(new))
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
@@ -405,6 +407,24 @@ def test_prefix_is_replaced_where_the_file_system_has_no_hard_links(
     assert (failure is not None) == fails
     assert same(tensors(load(folder)), tensors(old if fails else new))
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not list(folder.glob(".*"))
+
+
+MEMORY = Path("/dev/shm")  # a file system of its own, where there is one
+
+
+@pytest.mark.skipif(not os.access(MEMORY, os.W_OK), reason="there is no second file system to write to")
+def test_folder_on_another_disk_than_its_parent_is_written(tmp_path: Path) -> None:
+    model, newer = trained("llama"), trained("llama", seed=9)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as mounted:
+        if os.stat(mounted).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("it is the same file system")
+        folder = tmp_path / ("x" * 250)  # the longest name or nearly so
+        folder.symlink_to(mounted)
+        for saved in (model, newer):
+            saved.save_pretrained(folder)
+            assert same(tensors(load(folder)), tensors(saved))
+        assert not list(folder.glob(".*"))
 
 
 def test_sizes_on_disk_are_those_of_the_tensors(tmp_path: Path) -> None:

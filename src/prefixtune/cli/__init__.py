@@ -17,6 +17,7 @@ from prefixtune.cli.export import export
 from prefixtune.cli.generate import generate
 from prefixtune.cli.group import Group, debug_option
 from prefixtune.cli.inspect import inspect
+from prefixtune.cli.output import write_anything
 from prefixtune.cli.quickstart import quickstart
 from prefixtune.cli.serve import serve
 from prefixtune.cli.train import train
@@ -32,6 +33,7 @@ def main() -> None:
     MODEL is a hub name, a folder, a .gguf file, or demo. DATA is a .json, .jsonl, .csv, .tsv or .parquet
     file, a data set folder, a hub name, or demo.
     """
+    write_anything()
     # peft imports it where it is there, and transformers' Trainer peft: on CPUs with bfloat16 arithmetic
     # it warns each time that a kernel could not be downloaded, which nothing of ours uses
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

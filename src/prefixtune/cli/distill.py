@@ -108,7 +108,7 @@ def _read(source: str) -> str:
 
         return read_text(Path(source))
     try:
-        text = sys.stdin.buffer.read().decode()
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"stdin: expected text in UTF-8: {error}") from None
     if not text.strip():

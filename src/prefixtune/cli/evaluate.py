@@ -128,12 +128,14 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    if output is not None:
-        _write(result, output)
-    if as_json:
-        print_json({**result.to_dict(), "samples": result.samples[:rows]})
-    else:
-        _print(result, rows, loaded.name)
+    try:
+        if output is not None:
+            _write(result, output)
+    finally:  # what was measured is told where it cannot be written, too
+        if as_json:
+            print_json({**result.to_dict(), "samples": result.samples[:rows]})
+        else:
+            _print(result, rows, loaded.name)
 
 
 def _neutral(loaded: Any, path: Path | None, *, seed: int) -> Any:

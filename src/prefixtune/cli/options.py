@@ -211,7 +211,7 @@ def _keep(ctx: click.Context, origin: str, values: dict[Any, Any]) -> None:
 
 def _from_toml(ctx: click.Context, path: Path) -> list[tuple[Any, Any]]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"--config: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

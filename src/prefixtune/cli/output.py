@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import sys
+from io import TextIOWrapper
 from typing import IO, Any
 
 import click
@@ -15,7 +17,7 @@ import click
 from prefixtune.errors import PrefixTuneError
 from prefixtune.progress import note
 
-__all__ = ["Failure", "describe_os_error", "print_json", "say", "to_json"]
+__all__ = ["Failure", "describe_os_error", "print_json", "say", "to_json", "write_anything"]
 
 
 class Failure(click.ClickException):
@@ -41,14 +43,22 @@ def say(text: str) -> None:
     note(text)
 
 
+def write_anything() -> None:
+    """A letter that stdout or stderr has no code for is written as an escape: it ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(to_json(document))
+    """One JSON document on stdout, in ASCII where that is not UTF-8."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    click.echo(to_json(document, ascii_only=encoding != "utf8"))
 
 
-def to_json(document: Any) -> str:
+def to_json(document: Any, *, ascii_only: bool = False) -> str:
     """JSON has no infinity and no NaN, so these become null."""
-    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(document), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def describe_os_error(error: OSError) -> Failure:

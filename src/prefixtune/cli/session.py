@@ -15,9 +15,11 @@ from prefixtune.cli.output import say
 from prefixtune.data import default_template
 from prefixtune.errors import ConfigError, PrefixTuneError
 from prefixtune.generate import check_positions, conversation_ids, ending
+from prefixtune.storage import INFO
 
 __all__ = ["Session", "lines"]
 
+BOM = "\ufeff"  # which editors of Windows begin a file with
 HELP = """/base           answer without a prefix
 /prefix [NAME]  answer with the prefix of this folder, or with the last one
 /reset          forget the conversation
@@ -111,8 +113,10 @@ class Session:
         return Loaded(model=loaded.base, base=loaded.base, tokenizer=loaded.tokenizer, name=loaded.name)
 
     def _prefix(self, name: str) -> Loaded:
-        if name and not (self._with_prefix and name == self._with_prefix.name):
-            return with_prefix(self._active, Path(name).expanduser())
+        folder = Path(name).expanduser()
+        is_last = self._with_prefix is not None and name == self._with_prefix.name
+        if name and ((folder / INFO).is_file() or not is_last):
+            return with_prefix(self._active, folder)
         if self._with_prefix is None:
             raise ConfigError("no prefix was used yet", hint="name its folder: /prefix FOLDER")
         return self._with_prefix
@@ -121,7 +125,8 @@ class Session:
 def lines() -> Iterator[str]:
     """What the user types, or the lines of stdin; blank ones are passed over."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        typed = (line.removeprefix(BOM).strip() for line in sys.stdin)
+        yield from (line for line in typed if line)
         return
     import readline  # noqa: F401  (importing it gives input() its history and line editing)
 

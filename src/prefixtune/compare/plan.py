@@ -262,7 +262,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or an option in it is unknown or has a wrong value.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -154,8 +154,7 @@ class _Whole(Response):
                     await FAILURES[piece.failure].response()(scope, receive, send)
                     return
                 answers[piece.index].take(piece)
-            if scope["prefixtune.log"].get("request"):
-                scope["prefixtune.log"]["answers"] = [answer.text for answer in answers]
+            _log(answers, scope)
             body = self._shape.whole(answers)
             await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -170,6 +169,8 @@ class _Stream(Response):
         self._running, self._shape = running, shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answers = [Answer() for _ in range(self._running.asked.answers)]
+
         async def write() -> None:
             started = False
             async for piece in self._running:
@@ -177,6 +178,7 @@ class _Stream(Response):
                     self._running.cancel()
                     await self._fail(FAILURES[piece.failure], started, scope, receive, send)
                     return
+                answers[piece.index].take(piece)
                 if not started:
                     started = True
                     await self._start(send)
@@ -186,7 +188,10 @@ class _Stream(Response):
             last = b"".join(self._shape.closing(self._running.made))
             await send({"type": "http.response.body", "body": last})
 
-        await _unless_gone(write, receive, self._running, scope)
+        try:
+            await _unless_gone(write, receive, self._running, scope)
+        finally:
+            _log(answers, scope)  # of one that was cut, what was sent
 
     def _events(self, piece: Piece) -> list[bytes]:
         shape = self._shape
@@ -216,6 +221,12 @@ class _Stream(Response):
             return
         scope["prefixtune.log"]["failure"] = error.code
         await send({"type": "http.response.body", "body": event(encoded(error.body()))})
+
+
+def _log(answers: Sequence[Answer], scope: Scope) -> None:
+    """For --log-prompts, which has the request in the log."""
+    if scope["prefixtune.log"].get("request"):
+        scope["prefixtune.log"]["answers"] = [answer.text for answer in answers]
 
 
 async def _unless_gone(

@@ -104,7 +104,7 @@ class Engine:
         with self._wake:
             if self._closing_at is not None:
                 raise OverloadedError("the server is shutting down", retry_after=10, closing=True)
-            if len(self._waiting) + len(jobs) > self.queue:
+            if self._waiting and len(self._waiting) + len(jobs) > self.queue:  # what is alone never waits on
                 wait = min(60, max(1, round(self._pace * (len(self._waiting) + 1))))
                 raise OverloadedError(
                     f"the queue is full: {self.queue} requests are waiting", retry_after=wait

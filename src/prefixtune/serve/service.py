@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.attachment import most_positions
-from prefixtune.errors import DataError, PrefixTuneError
+from prefixtune.errors import ConfigError, DataError, PrefixTuneError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import ending
 from prefixtune.serve.answers import Shape
@@ -327,6 +327,6 @@ def _or_400(param: str, make: Any) -> list[int]:
     try:
         ids: list[int] = make()
         return ids
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         hint = f"; {error.hint}" if error.hint else ""
         raise ApiError(400, f"{error.message}{hint}", param=param) from None

@@ -215,6 +215,8 @@ class Store:
                     raise UnknownPrefixError(f"there is no prefix {name!r}")
                 entry.seen = None
                 self._look_again(name, entry, lazily=False)
+                if name not in self._entries:
+                    raise StorageError("its folder is gone")
                 if entry.problem is not None:
                     raise StorageError(entry.problem)
             return

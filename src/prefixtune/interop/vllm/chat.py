@@ -16,6 +16,7 @@ __all__ = ["chat_arguments", "server_template"]
 PROBE = "prefixtune:probe"  # stands for the text whose place in a prompt is looked for
 TEXTS = ("Where is my parcel?", "  a\nb ", "什么是三原色？", "1 < 2 & 3")
 ONE_TEXT = "this prefix was trained on single texts: send one message, of the user"
+ONLY_TEXT = "this prefix was trained on texts: send nothing else"
 LENGTH = 3  # of the prefix with which rendering is checked
 
 
@@ -42,7 +43,12 @@ def server_template(original: str | Mapping[str, str] | None, placeholder: Place
         "{% if prefixtune_form is defined and prefixtune_form == 'text' %}"
         "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
         "{{ raise_exception('" + ONE_TEXT + "') }}{% endif %}"
-        "{% set prefixtune_asked = prefixtune_before ~ messages[0]['content'] %}"
+        # vLLM gives parts, also of a plain string, where the original template loops over them
+        "{% set prefixtune_content = messages[0]['content'] %}{% if prefixtune_content is not string %}"
+        "{% if prefixtune_content | rejectattr('type', 'equalto', 'text') | list %}"
+        "{{ raise_exception('" + ONLY_TEXT + "') }}{% endif %}"
+        "{% set prefixtune_content = prefixtune_content | map(attribute='text') | join('\\n') %}{% endif %}"
+        "{% set prefixtune_asked = prefixtune_before ~ prefixtune_content %}"
         "{{ prefixtune_start ~ (prefixtune_asked | trim if prefixtune_trim else prefixtune_asked)"
         " ~ prefixtune_after }}"
         "{% else %}\n" + body + "{% endif %}"
@@ -103,19 +109,22 @@ def _is_exact(
     for text in TEXTS:
         try:
             prompt = build_prompts([prompt_row(text, form)], tokenizer, DataConfig(template=form))[0]
+        except PrefixTuneError:
+            return False
+        if placeholder.id in prompt.input_ids:  # the plugin would refuse it
+            return False
+        # of the original template vLLM finds out which of the two it takes; the text form gets either
+        parts = [[{"type": "text", "text": text}]] if arguments["form"] == "text" else []
+        for content in [text, *parts]:
             rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
+                [{"role": "user", "content": content}],
                 chat_template=server,
                 add_generation_prompt=True,
                 tokenize=False,
                 prefixtune_length=LENGTH,
                 **ours,
             )
-        except PrefixTuneError:
-            return False
-        if placeholder.id in prompt.input_ids:  # the plugin would refuse it
-            return False
-        found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        if found != [placeholder.id] * LENGTH + list(prompt.input_ids):
-            return False
+            found = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            if found != [placeholder.id] * LENGTH + list(prompt.input_ids):
+                return False
     return True

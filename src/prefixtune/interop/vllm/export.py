@@ -73,6 +73,11 @@ def export(
         StorageError: a prefix is damaged, of another base, or cannot be told from its absence.
     """
     _check_names(prefixes)
+    if served_name is not None and ":" in served_name:
+        raise ConfigError(
+            f"--served-name {served_name}: a prefix is asked for as BASE:NAME, so a base has no colon",
+            hint=f"for example --served-name {served_name.replace(':', '-')}",
+        )
     if base.tokenizer is None:
         raise ModelError(f"{source}: there is no tokenizer, and vLLM needs one")
     if base.quantization is not None:
