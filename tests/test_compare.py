@@ -29,13 +29,13 @@ from prefixtune.compare.cell import _after, _in_context, run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
-from prefixtune.compare.results import result_rows, spread
+from prefixtune.compare.results import places_of, result_rows, spread
 from prefixtune.compare.rows import Rows
 from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Row, build_examples
 from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunError
 from prefixtune.load import LoadedBase, load_base
-from prefixtune.report import columns_of, require_matplotlib
+from prefixtune.report import columns_of, missing_cells, require_matplotlib
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
 from prefixtune.train.sampler import LengthGroupedSampler
@@ -396,6 +396,22 @@ def test_a_metric_that_gives_other_keys_for_each_seed_is_the_mean_of_those_that_
     (row,) = result_rows(plan, cells)
     assert {name: found["mean"] for name, found in row["metrics"].items()} == {"f.a": 2.0, "f.b": 5.0}
     assert [column.text(row) for column in columns_of([row])][-3:-1] == ["2.00 ± 1.41", "5.00 (1 of 2 seeds)"]
+
+
+def test_memory_and_time_of_several_machines_have_no_mean(measured: Measured) -> None:
+    plan = plan_of({"train": "t", "eval": "e", "methods": ("base", "lora"), "seeds": 2})
+    cell = {**measured.cells["lora"], "train_rows": None}
+    other = {**cell, "machine": {**cell["machine"], "threads": 999}}
+    base, lora = result_rows(plan, [measured.cells["base"], cell, other])
+    names = ("initial_memory_bytes", "peak_memory_bytes", "train_seconds", "tokens_per_second")
+    assert all(lora[name] is None for name in names)
+    assert lora["dev_loss"] == cell["dev_loss"]
+    assert base["peak_memory_bytes"] == measured.cells["base"]["peak_memory_bytes"]
+    assert [column.text(lora) for column in columns_of([base, lora])]  # it can be shown
+    assert len(places_of([cell, other, cell])) == 2
+    found = {"failed": [], "unfinished": [], "machines": places_of([cell, other])}
+    (line,) = missing_cells(found)
+    assert "999 threads" in line
 
 
 def test_a_mean_over_fewer_seeds_than_were_planned_says_so(measured: Measured) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from prefixtune.config import DataConfig
@@ -194,6 +195,30 @@ def test_a_row_of_fields_is_a_chat_of_system_user_and_assistant() -> None:
     bare = {"instruction": "Translate", "input": "", "output": "red"}
     fields, _ = build_examples([Row(values=bare, origin="chat.jsonl:3")], tokenizer, CHAT)
     assert fields == [encode([{"role": "user", "content": "Translate"}, messages[2]], tokenizer)]
+
+
+def test_a_system_column_beside_messages_is_the_first_of_them() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    system = {"role": "system", "content": "Be brief."}
+    expected = encode([system, *TURNS], tokenizer)
+    said = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in TURNS]
+    for values in ({"messages": TURNS}, {"messages": [system, *TURNS]}, {"conversations": said}):
+        beside = Row(values={"system": "Be brief.", **values}, origin="chat.jsonl:3")
+        assert build_examples([beside], tokenizer, CHAT)[0] == [expected]
+    other = Row(values={"system": "Be long.", "messages": [system, *TURNS]}, origin="chat.jsonl:3")
+    with pytest.raises(DataError, match=r"chat.jsonl:3: the field 'system' and the first message.* differ"):
+        build_examples([other], tokenizer, CHAT)
+
+
+def test_the_reference_of_an_answer_that_the_template_rewrites_is_what_is_learnt() -> None:
+    spaced = CHATML.replace("message['content']", "message['content'].replace('<t>', '<t>\\n')")
+    assert spaced != CHATML
+    tokenizer = byte_tokenizer(chat_template=spaced)
+    asked = row([TURNS[0], {"role": "assistant", "content": "<t>hm</t>red"}])
+    (example,), _ = build_examples([asked], tokenizer, CHAT)
+    (prompt,) = build_prompts([asked], tokenizer, CHAT)
+    assert prompt.reference == "<t>\nhm</t>red"
+    assert targets(example, tokenizer) == [prompt.reference + "<|im_end|>"]
 
 
 def test_an_answer_of_indented_code_is_a_target_with_its_first_and_last_spaces() -> None:
@@ -440,6 +465,33 @@ def test_a_tool_call_in_another_spelling_is_the_same_row(message: dict[str, Any]
     nothing = [{**CALLING[0], "tool_calls": None}, message, {**CALLING[2], "tool_calls": []}, CALLING[3]]
     same, _ = build_examples([tool_row(nothing, json.dumps(SCHEMAS))], tokenizer, CHAT)
     assert same == build_examples([tool_row(CALLING)], tokenizer, CHAT)[0]
+
+
+def calling(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def test_rows_of_arrow_are_those_of_json_though_each_object_has_the_keys_of_all(tmp_path: Path) -> None:
+    said = {"role": "user", "content": "Go on."}
+    lines = [
+        {"messages": [said, calling("weather", city="Prag")], "tools": SCHEMAS},
+        {
+            "messages": [said, calling("mail", to="Eva", content={"subject": "x"})],
+            "tools": [{"name": "mail"}],
+        },
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "Yes."}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    data = datasets.Dataset.from_list(lines)
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.save_to_disk(tmp_path / "folder")
+    tokenizer = byte_tokenizer(chat_template=TOOLS)
+    found = {}
+    for name in ("rows.jsonl", "rows.parquet", "folder"):
+        examples, _ = build_examples(load_rows(str(tmp_path / name)), tokenizer, CHAT)
+        found[name] = [(example.input_ids, example.labels) for example in examples]
+    assert found["rows.parquet"] == found["folder"] == found["rows.jsonl"]
+    assert "null" not in tokenizer.decode([id for ids, _ in found["folder"] for id in ids])
 
 
 def test_what_the_template_leaves_out_of_tool_calls_is_refused_and_of_tools_counted() -> None:

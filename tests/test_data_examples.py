@@ -277,6 +277,7 @@ def test_a_number_in_a_column_that_is_not_read_is_not_counted() -> None:
         (["a"], "got a list"),
         ({"a": 1}, "got an object"),
         (float("nan"), "got NaN"),
+        (float("inf"), "got inf, a number too large"),
         (b"a", "got a bytes"),
         ("half an emoji \ud83d", "a lone surrogate U\\+D83D at character 14"),
     ],

@@ -258,13 +258,18 @@ def test_no_question_is_trained_on_and_compared() -> None:
 
 
 def test_questions_come_from_lines_or_from_a_column(tmp_path: Path) -> None:
-    (tmp_path / "q.txt").write_text("What?\n\n  Why?  \n", encoding="utf-8")
+    (tmp_path / "q.txt").write_text("What?\r\n\r\n  Why?  \r\n", encoding="utf-8", newline="")
     (tmp_path / "q.csv").write_text("ask,n\nWhat?,1\nWhy?,2\n", encoding="utf-8")
     (tmp_path / "q.jsonl").write_text('{"question": "What?"}\n{"question": "Why?"}\n', encoding="utf-8")
     for name, fields in (("q.txt", None), ("q.csv", "question=ask"), ("q.jsonl", None)):
         found = read_questions(str(tmp_path / name), fields=fields)
         assert [question.text for question in found] == ["What?", "Why?"], name
     assert [question.origin for question in read_questions(str(tmp_path / "q.txt"))] == ["q.txt:1", "q.txt:3"]
+    (tmp_path / "u.txt").write_text("What\u2028now?\nWhy\x0b?\n", encoding="utf-8")
+    assert [question.text for question in read_questions(str(tmp_path / "u.txt"))] == [
+        "What\u2028now?",
+        "Why\x0b?",
+    ]
 
 
 # --- the whole of it ---------------------------------------------------------------------------------------

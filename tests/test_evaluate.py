@@ -290,6 +290,46 @@ def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
     assert allowed == [longest + SPARE_TOKENS + lead]
 
 
+@pytest.mark.parametrize("marked", ["<yes>", "[CALL]w {}"])
+def test_a_reference_with_a_special_token_is_reached_by_the_answer_that_has_it(
+    marked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<yes>", "<no>", "[CALL]"]})
+    rows = [
+        Row(values={"instruction": text, "output": text}, origin="r:1") for text in (marked, "<no>", "red")
+    ]
+    asked = [marked, "<yes>", "<s>red"]  # right, another label, and a special token that no reference has
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
+    monkeypatch.setattr("prefixtune.generate.generate_ids", lambda *_, **__: answers)
+    base = tiny_model("llama", vocab_size=len(tokenizer))
+    found = evaluate(base, tokenizer, rows, DataConfig(), progress=False)
+    assert [sample["exact_match"] for sample in found.samples] == [True, False, True]
+    assert found.samples[0]["prediction"] == marked
+
+
+def test_of_a_row_with_a_thought_the_answers_after_the_thoughts_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thinking = THINKING.replace(
+        "<think>\n\n</think>", "<think>\n' + message['reasoning_content'] + '\n</think>"
+    )
+    assert thinking != THINKING
+    tokenizer = byte_tokenizer(chat_template=thinking)
+    turn = {"role": "assistant", "content": "yes", "reasoning_content": "They greet me.\nSo do I."}
+    rows = [Row(values={"messages": [{"role": "user", "content": "hi"}, turn]}, origin="r:1")]
+    for said, right in (
+        ("<think>\nThey greet me.\nSo do I.\n</think>\n\nyes", True),
+        ("<think>\nAnother thought.\n</think>\n\nyes", True),
+        ("<think>\nAnother thought.\n</think>\n\nno", False),
+        ("<think>\nyes", False),
+    ):
+        ids = [tokenizer(said, add_special_tokens=False)["input_ids"]]
+        monkeypatch.setattr("prefixtune.generate.generate_ids", lambda *_, ids=ids, **__: ids)
+        found = evaluate(bare(), tokenizer, rows, DataConfig(template="chat"), progress=False)
+        assert found.samples[0]["exact_match"] == right, said
+
+
 def test_an_answer_that_begins_otherwise_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer(chat_template=THINKING)
     said = "  <think>\nWell.\n</think>\n\nred"

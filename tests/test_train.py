@@ -36,7 +36,7 @@ from prefixtune.data import Collator, Example, Row, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import Passes
 from prefixtune.train import PrefixTrainer, TrainResult, default_start, telling_rows
-from prefixtune.train.callbacks import KeepBest
+from prefixtune.train.callbacks import KeepBest, Metrics
 from prefixtune.train.folder import last_checkpoint
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.trainer import training_arguments
@@ -843,6 +843,21 @@ def test_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
         state.global_step = step
         keep.on_evaluate(None, state, None, metrics={"eval_loss": loss}, model=model)
     assert (state.best_metric, state.best_global_step) == (3.0, 2)
+
+
+def test_numbers_that_are_none_are_null_in_the_log(tmp_path: Path) -> None:
+    state = TrainerState(global_step=1, is_world_process_zero=True)
+    Metrics(tmp_path).on_log(None, state, None, logs={"loss": math.nan, "grad_norm": math.inf, "epoch": 0.5})
+    line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert line == '{"step": 1, "loss": null, "grad_norm": null, "epoch": 0.5}\n'
+
+
+def test_a_run_that_diverges_never_shows_a_loss_of_nothing(place: Path, tmp_path: Path) -> None:
+    options_ = ("--max-steps", 4, "--learning-rate", 1e38, "--max-grad-norm", 0, "--logging-steps", 1)
+    result = call(*options(place, tmp_path / "run", "--length", 2, *options_, evaluates=False))
+    assert result.exit_code == 1
+    assert "loss nan" in result.stderr
+    assert "loss 0.0000" not in result.stderr
 
 
 def test_without_evaluation_rows_the_last_prefix_is_kept(place: Path, tmp_path: Path) -> None:

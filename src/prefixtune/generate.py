@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby, takewhile, zip_longest
+from itertools import groupby, takewhile
 from string import Formatter
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from prefixtune.attachment import position_limit
 from prefixtune.config import DataConfig
-from prefixtune.data import Row, added_tokens, build_examples, build_prompts
+from prefixtune.data import Row, added_tokens, answer_text, build_examples, build_prompts
 from prefixtune.errors import ConfigError, DataError, PrefixTuneError
 from prefixtune.geometry import Geometry, quiet_eval, text_config
 from prefixtune.progress import progress_bar
@@ -80,6 +80,7 @@ def generate_batch(
     max_new_tokens: int,
     template: str | None = None,
     leads: Sequence[str] = (),
+    keep: Collection[int] = frozenset(),
     batch_size: int = 8,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -93,13 +94,14 @@ def generate_batch(
         prompts: token ids; no prompt may be empty.
         template: what made them: an answer to a chat ends where the chat template closes a turn.
         leads: of each prompt what stands before its answer (`Prompt.lead`), and is left out where it does.
+        keep: special tokens that stay in the texts (`prefixtune.data.special_in` of the references).
         temperature: 0 takes the most probable token, more samples from a flatter distribution.
         top_p: sample from the most probable tokens that share this much probability (Holtzman et al. 2020).
         seed: makes sampling repeatable; torch's own random state is left as it was.
         progress: what a bar on stderr says; no bar unless given.
 
     Returns:
-        The new text for each prompt, in the order of the prompts, without special tokens.
+        The new text for each prompt, in the order of the prompts, without other special tokens.
     """
     settings = sampling(temperature=temperature, top_p=top_p)
     with seeded(seed):
@@ -113,15 +115,8 @@ def generate_batch(
             template=template,
             progress=progress,
         )
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    return [_without_lead(text, lead, tokenizer) for text, lead in zip_longest(texts, leads, fillvalue="")]
-
-
-def _without_lead(text: str, lead: str, tokenizer: Any) -> str:
-    ids = tokenizer(lead, add_special_tokens=False)["input_ids"]
-    shown = tokenizer.decode(ids, skip_special_tokens=True).strip()  # as it is in the text
-    begins = bool(shown) and text.lstrip().startswith(shown)
-    return text.lstrip().removeprefix(shown).lstrip() if begins else text
+    pairs = zip(rows, leads or [""] * len(rows), strict=True)
+    return [answer_text(row, tokenizer, lead=lead, keep=keep) for row, lead in pairs]
 
 
 def generate_ids(

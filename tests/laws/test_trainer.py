@@ -327,6 +327,24 @@ def test_what_would_have_no_effect_on_our_trainer_is_refused(
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
 
 
+def test_rows_to_evaluate_may_be_mappings_as_those_to_train_on(tmp_path: Path) -> None:
+    made = trainer("ours", fresh("llama"), tmp_path)
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    plain = [
+        {
+            "input_ids": [*row.input_ids, pad["input_ids"]],
+            "attention_mask": [1] * len(row.input_ids) + [0],
+            "labels": [*row.labels, pad["labels"]],
+        }
+        for row in rows()[:3]
+    ]
+    expected = made.evaluate()["eval_loss"]
+    assert made.evaluate(plain)["eval_loss"] == expected
+    named = made.evaluate({"a": plain, "b": rows()[3:5]})
+    assert named["eval_a_loss"] == expected
+    assert named["eval_b_loss"] == made.evaluate(rows()[3:5])["eval_loss"] != expected
+
+
 def test_half_precision_of_the_trainer_is_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     arguments.fp16 = True

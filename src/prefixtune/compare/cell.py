@@ -15,13 +15,14 @@ from typing import Any
 from transformers import PrinterCallback, set_seed
 
 from prefixtune.attachment import multiply_once
+from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.peers import peer_trainer
 from prefixtune.compare.plan import Cell, Plan
 from prefixtune.compare.rows import Question, Rows
 from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.compare.settings import ALL_PEERS
 from prefixtune.config import PrefixConfig, TrainConfig
-from prefixtune.data import Example, added_tokens
+from prefixtune.data import Example, added_tokens, special_in
 from prefixtune.errors import DataError, RunError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.forgetting import NeutralTexts, forgetting
@@ -101,6 +102,7 @@ def run_cell(plan: Plan, cell: Cell, rows: Rows, folder: Path) -> dict[str, Any]
         "losses": contender.losses,
         "resolved": contender.resolved,
         "rows_seen": contender.rows_seen,
+        "machine": describe_machine(),
         "seconds": {"load": loaded - begin, "prepare_and_train": trained - loaded}
         | {"measure": time.perf_counter() - trained},
     }
@@ -352,6 +354,7 @@ def _answers(plan: Plan, contender: Contender, tokenizer: Any, questions: Sequen
         max_new_tokens=answer_limit(plan, questions, tokenizer),
         template=plan.data.template,
         leads=[question.lead for question in questions],
+        keep=special_in((text for question in questions for text in question.references), tokenizer),
         batch_size=BATCH,
     )
 

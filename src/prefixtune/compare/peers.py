@@ -248,6 +248,7 @@ def _arguments(
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        logging_nan_inf_filter=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",

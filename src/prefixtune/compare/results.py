@@ -6,14 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from prefixtune.compare.machine import place_of
 from prefixtune.compare.plan import Plan
 
-__all__ = ["result_rows", "spread"]
+__all__ = ["places_of", "result_rows", "spread"]
 
-MEANS = (
-    *("initial_memory_bytes", "peak_memory_bytes", "train_seconds"),
-    *("tokens_per_second", "dev_loss"),
-)
+OF_THE_MACHINE = ("initial_memory_bytes", "peak_memory_bytes", "train_seconds", "tokens_per_second")
 
 
 def result_rows(plan: Plan, cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -39,7 +37,10 @@ def result_rows(plan: Plan, cells: Iterable[Mapping[str, Any]]) -> list[dict[str
 def _row(
     method: str, count: int | None, cells: Sequence[Mapping[str, Any]], *, planned: int
 ) -> dict[str, Any]:
-    means = {name: spread([cell[name] for cell in cells])["mean"] for name in MEANS}
+    """Memory and time are None where the seeds are of several machines: their mean would be of neither."""
+    means = {name: spread([cell[name] for cell in cells])["mean"] for name in (*OF_THE_MACHINE, "dev_loss")}
+    if len(places_of(cells)) > 1:
+        means |= dict.fromkeys(OF_THE_MACHINE)
     whole = {
         name: round(value) for name, value in means.items() if name.endswith("bytes") and value is not None
     }
@@ -58,6 +59,11 @@ def _row(
         "metrics": {name: _metric([cell["metrics"].get(name) for cell in cells]) for name in metrics},
         "forgetting": spread([cell["forgetting"] for cell in cells]),
     }
+
+
+def places_of(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The machines that cells were measured on, each once; an earlier version did not tell."""
+    return list(dict.fromkeys(place_of(cell["machine"]) for cell in cells if "machine" in cell))
 
 
 def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:

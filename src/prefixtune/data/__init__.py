@@ -7,8 +7,9 @@ batch = Collator(tokenizer.pad_token_id)(examples[:8])
 
 from __future__ import annotations
 
+from prefixtune.data.answers import answer_text, special_in
 from prefixtune.data.chat import fix_date
-from prefixtune.data.collate import Collator
+from prefixtune.data.collate import Collator, as_example
 from prefixtune.data.examples import (
     DataReport,
     Example,
@@ -29,6 +30,8 @@ __all__ = [
     "Prompt",
     "Row",
     "added_tokens",
+    "answer_text",
+    "as_example",
     "build_examples",
     "build_prompts",
     "check_splits",
@@ -37,4 +40,5 @@ __all__ = [
     "fix_date",
     "load_rows",
     "parse_fields",
+    "special_in",
 ]

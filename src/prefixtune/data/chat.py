@@ -60,7 +60,7 @@ class ChatTemplate:
         self._marked = bool(_MARKER.search(tokenizer.get_chat_template()))
 
     def fields(self, row: Row) -> tuple[str, ...]:
-        return () if _is_chat(row) else ("system", "instruction", "input", "output")
+        return ("system",) if _is_chat(row) else ("system", "instruction", "input", "output")
 
     def encode(self, row: Row) -> list[Encoded]:
         """One for the row; where its turns cannot be told apart in it, one for each turn of the assistant."""
@@ -103,8 +103,8 @@ class ChatTemplate:
         reference, lead = head[-1]["content"], ""
         if whole.startswith(header) and header.startswith(asked) and header[len(asked) :].strip():
             lead = header[len(asked) :]
-        if "tool_calls" in head[-1]:  # they have no text but the template's
-            lead = ""
+        if "tool_calls" in head[-1] or reference.strip() not in whole[len(asked) :]:
+            lead = ""  # there is no text but the template's
             if not whole.startswith(asked):
                 raise _inconsistent(row)
             closing = after.rstrip()
@@ -299,7 +299,8 @@ def _is_chat(row: Row) -> bool:
 
 def _messages(row: Row) -> list[Message]:
     if _is_chat(row):
-        return _checked(row, row.values["messages"] if "messages" in row.values else sharegpt_messages(row))
+        said = row.values["messages"] if "messages" in row.values else sharegpt_messages(row)
+        return _after_system(row, _checked(row, said))
     if "output" not in row.values:
         raise missing_field(row, "messages' and no 'output", wanted="output")
     if "instruction" not in row.values and "input" not in row.values:
@@ -311,6 +312,21 @@ def _messages(row: Row) -> list[Message]:
     ]
     said = [message for message in messages if message["role"] == "user" or message["content"]]
     return [*said, {"role": "assistant", "content": required_text(row, "output")}]
+
+
+def _after_system(row: Row, messages: list[Message]) -> list[Message]:
+    """A column `system` beside the messages is the first of them (LLaMA-Factory writes such rows)."""
+    system, first = field_text(row, "system"), messages[0]
+    if not system:
+        return messages
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *messages]
+    if first["content"].strip() != system.strip():
+        raise DataError(
+            f"{row.origin}: the field 'system' and the first message, of the {first['role']}, differ",
+            hint="leave one out; a column of something else can be named otherwise: --fields unread=system",
+        )
+    return messages
 
 
 def _checked(row: Row, value: Any) -> list[Message]:

@@ -8,7 +8,7 @@ from typing import Any
 from prefixtune.data.examples import Example
 from prefixtune.data.templates import NO_TARGET
 
-__all__ = ["Collator"]
+__all__ = ["Collator", "as_example"]
 
 
 class Collator:
@@ -49,6 +49,20 @@ class Collator:
             assert all(aim is not None for aim in aims)
             batch["aims"] = aims
         return batch
+
+
+def as_example(row: Example | Mapping[str, Any]) -> Example:
+    """What Collator takes, as an example; tokens that an attention mask hides are left out."""
+    if isinstance(row, Example):
+        return row
+    ids, mask, labels = _plain(row)
+    shown = [place for place, is_shown in enumerate(mask) if is_shown]
+    return Example(
+        input_ids=tuple(ids[place] for place in shown),
+        labels=tuple(labels[place] for place in shown),
+        origin="",
+        truncated=0,
+    )
 
 
 def _plain(example: Example | Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:

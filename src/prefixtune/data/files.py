@@ -9,14 +9,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.row import Row, kind_of
 from prefixtune.errors import DataError
 
-__all__ = ["READERS", "read_text"]
+__all__ = ["READERS", "read_text", "without_filling"]
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's whitespace; str.isspace() knows more than JSON allows
 _OBJECT = 'an object such as {"instruction": "…", "output": "…"}'
@@ -210,10 +210,24 @@ def read_parquet(path: Path) -> Iterator[Row]:
             _header(file.schema_arrow.names, path.name)
             for batch in file.iter_batches(batch_size=1024):
                 for values in _batch_rows(batch, path.name, index):
-                    yield Row(values=values, origin=f"{path.name}[{index}]")
+                    yield Row(values=without_filling(values), origin=f"{path.name}[{index}]")
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: not a readable Parquet file: {error}") from None
+
+
+def without_filling(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow without the nulls of its objects: each has the keys of all rows there, so that a tool
+    call would have the arguments of every other. What a message says stays, null or not."""
+    return {name: _filled(value, ("content", "value")) for name, value in row.items()}
+
+
+def _filled(value: Any, kept: Sequence[str] = ()) -> Any:
+    if isinstance(value, list):
+        return [_filled(item, kept) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None or key in kept}
+    return value
 
 
 def _batch_rows(batch: Any, name: str, first: int) -> Iterator[dict[str, Any]]:

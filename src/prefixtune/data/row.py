@@ -45,17 +45,18 @@ def field_text(row: Row, name: str) -> str:
     """The field as text: "" where it is absent or null, `str()` of a number or boolean.
 
     Raises:
-        DataError: the field is a list, an object or anything else that is not text, or is NaN.
+        DataError: the field is a list, an object or anything else that is not text, or is no finite number.
     """
     value = row.values.get(name)
     if value is None:
         return ""
     if isinstance(value, str):
         return check_text(value, f"{row.origin}: field '{name}'")
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        came = "NaN, a missing value" if math.isnan(value) else f"{value}, a number too large"
         raise DataError(
-            f"{row.origin}: field '{name}': expected text; got NaN, a missing value",
-            hint="write null or an empty text where there is no value",
+            f"{row.origin}: field '{name}': expected text; got {came}",
+            hint="write null or an empty text where there is no value, and numbers of that size as text",
         )
     if isinstance(value, int | float):  # bool is an int
         return str(value)

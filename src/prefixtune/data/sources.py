@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.files import READERS
+from prefixtune.data.files import READERS, without_filling
 from prefixtune.data.row import Row, missing_field, sharegpt_messages
 from prefixtune.errors import ConfigError, DataError
 
@@ -221,7 +221,8 @@ def _hub(name: str, split: str) -> Iterator[Row]:
 
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
-    return (Row(values=dict(values), origin=f"{name}[{index}]") for index, values in enumerate(dataset))
+    rows = enumerate(dataset)
+    return (Row(values=without_filling(dict(values)), origin=f"{name}[{index}]") for index, values in rows)
 
 
 def _one_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ def read_questions(source: str, *, fields: str | None = None) -> list[Question]:
     """
     path = Path(source)
     if path.suffix.lower() == ".txt":
-        lines = enumerate(read_text(path).splitlines(), start=1)
+        lines = enumerate(read_text(path).split("\n"), start=1)  # others stand within a line
         return [Question(text=line.strip(), origin=f"{path.name}:{n}") for n, line in lines if line.strip()]
     found = []
     for row in load_rows(source, fields=parse_fields(fields)):

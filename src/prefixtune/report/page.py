@@ -58,7 +58,8 @@ def write_report(folder: Path, *, plots: bool = True) -> Path:
 
 
 def missing_cells(found: Mapping[str, Any]) -> list[str]:
-    """A line for each cell that failed, each metric that did, and one for the cells that did not run."""
+    """A line for each cell that failed, each metric that did, for the cells that did not run, and for numbers
+    that do not compare."""
     lines = [
         f"FAILED {failure['method']}, seed {failure['seed']}: {failure['error']}"
         for failure in found["failed"]
@@ -66,6 +67,11 @@ def missing_cells(found: Mapping[str, Any]) -> list[str]:
     for failure in found.get("failed_metrics", []):  # an earlier version has none
         place = f"{failure['method']}, seed {failure['seed']}"
         lines.append(f"NOT SCORED {place} by {failure['metric']}: {failure['error']}")
+    if len(found.get("machines", ())) > 1:
+        lines.append(
+            f"measured on several machines: {'; '.join(found['machines'])}. Memory and time do not compare "
+            "between them, and are left out where the seeds of a method are of several"
+        )
     return lines + ([f"not finished: {', '.join(found['unfinished'])}"] if found["unfinished"] else [])
 
 

@@ -62,10 +62,16 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        line = json.dumps({"step": state.global_step, **(logs or {})})
+        numbers = {name: _or_null(value) for name, value in (logs or {}).items()}
+        line = json.dumps({"step": state.global_step, **numbers}, allow_nan=False)
         if line not in self.there:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

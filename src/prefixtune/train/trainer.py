@@ -16,6 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from prefixtune.config import TrainConfig
+from prefixtune.data import as_example
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
@@ -191,10 +192,16 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> Any:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(rows, Mapping):  # several sets by name, as Trainer has them
+            named = {
+                name: self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, one in rows.items()
+            }
+            return {key: value for found in named.values() for key, value in found.items()}
         model = self.accelerator.unwrap_model(self.model)
         loss, tokens = target_loss(
             model,
-            rows,
+            [as_example(row) for row in rows],
             pad_token_id=self.passes.pad_token_id,
             capacity=self.passes.capacity,
             packing=self.passes.packing,
@@ -242,6 +249,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=resolved["save_steps"],
         report_to=_report_to(config.report_to),
+        logging_nan_inf_filter=False,  # it shows a loss of 0 where there is none
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",
