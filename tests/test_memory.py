@@ -463,6 +463,23 @@ def test_a_measured_step_runs_the_tokens_that_the_setup_says(common: int, packin
     assert plan.tokens == (93 - 2 * held_once if packing else 120)
 
 
+def test_whole_matrices_of_scores_leave_holes_in_the_heap() -> None:
+    """docs/memory.md, "The allocator"."""
+    plan = setup(lengths=(200, 180), longest=200, row_tokens=150.0, packing=False)
+    made = {family: tiny_model(family).to("meta") for family in ("bloom", "falcon-alibi")}
+
+    def slack(family: str, **changes: Any) -> int:
+        return estimate(made[family], dataclasses.replace(plan, **changes), available=PLENTY).slack
+
+    first = slack("bloom", lengths=(1,), row_tokens=1.0, longest=1)  # next to nothing but the first step
+    heads, layers = 4, 2
+    matrix = 2 * heads * 200 * (plan.prefix.length + 200) * 4
+    assert made["bloom"].config.num_attention_heads == heads
+    assert slack("bloom") - first == pytest.approx(2 * layers * matrix, rel=0.02)
+    for other in (slack("bloom", checkpointing=True), slack("bloom", row_tokens=1e4), slack("falcon-alibi")):
+        assert other - first < layers * matrix
+
+
 def test_a_quantised_layer_is_unpacked_while_neutral_text_is_sampled() -> None:
     sizes = dict(hidden_size=256, intermediate_size=2048, num_hidden_layers=2)
     plan = setup(lengths=(8,), neutral_lengths=(64,), sampled_rows=1)

@@ -21,6 +21,9 @@ __all__ = ["Advice", "Estimate", "check_fit", "estimate", "readable", "reading_b
 
 # of what a step allocates and frees again: holes that glibc cannot use at the peak (docs/memory.md)
 CPU_SLACK = 0.15
+# glibc maps blocks above this one by one; below it whole matrices of attention scores leave holes, in bytes
+# for each byte of such a matrix in each layer
+MAPPED, SCORE_HOLES = 32 * 2**20, 2
 # what the first step adds to a process for good: MKL's buffers, code that had not run yet (docs/memory.md)
 CPU_FIRST_STEP = 64 * 2**20
 SHORTEST = 64  # tokens: rows are not advised to be cut below this
@@ -172,7 +175,7 @@ def estimate(
         setup=setup,
         step=step,
         baseline=baseline,
-        slack=round(CPU_SLACK * passing) + CPU_FIRST_STEP if on_cpu else 0,
+        slack=_slack(base, setup, passing) if on_cpu else 0,
         loading=loading,
         sampling=baseline + step.weights + step.prefix + sampled if sampled else 0,
         available=available,
@@ -217,6 +220,24 @@ def estimate(
     lowest = min((one.peak_bytes for one in alone), default=found.peak)
     best = [advice(*together)] if together and together[1].peak < lowest else []
     return replace(found, advice=(*alone, *best))
+
+
+def _slack(base: nn.Module, setup: Setup, passing: int) -> int:
+    """What glibc and libraries hold beyond live bytes; of scores only where attention makes them whole."""
+    slack = round(CPU_SLACK * passing) + CPU_FIRST_STEP
+    config = text_config(base)
+    if setup.packing or setup.checkpointing or config._attn_implementation != "eager":
+        return slack  # with checkpointing, smaller blocks are mapped too
+
+    def scores(tokens: float) -> float:
+        rows = len(setup.lengths) * config.num_attention_heads
+        size: float = rows * tokens * (setup.prefix.length + tokens) * torch.float32.itemsize
+        return size
+
+    if scores(setup.row_tokens) > MAPPED:
+        return slack
+    holes = SCORE_HOLES * len(Geometry.probe(base).layers) * scores(max(setup.lengths))
+    return max(slack, round(holes) + CPU_FIRST_STEP)
 
 
 def _together(
