@@ -226,13 +226,13 @@ def _slack(base: nn.Module, setup: Setup, passing: int) -> int:
     """What glibc and libraries hold beyond live bytes; of scores only where attention makes them whole."""
     slack = round(CPU_SLACK * passing) + CPU_FIRST_STEP
     config = text_config(base)
-    if setup.packing or setup.checkpointing or config._attn_implementation != "eager":
+    heads = getattr(config, "num_attention_heads", None)
+    whole = getattr(config, "_attn_implementation", None) == "eager" and not setup.packing
+    if setup.checkpointing or not whole or not isinstance(heads, int):
         return slack  # with checkpointing, smaller blocks are mapped too
 
     def scores(tokens: float) -> float:
-        rows = len(setup.lengths) * config.num_attention_heads
-        size: float = rows * tokens * (setup.prefix.length + tokens) * torch.float32.itemsize
-        return size
+        return len(setup.lengths) * heads * tokens * (setup.prefix.length + tokens) * torch.float32.itemsize
 
     if scores(setup.row_tokens) > MAPPED:
         return slack
