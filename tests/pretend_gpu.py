@@ -22,7 +22,7 @@ __all__ = ["GPU", "IS_REAL", "moved", "on_gpu"]
 IS_REAL = os.environ.get("PREFIXTUNE_TEST_GPU") == "cuda"
 if not IS_REAL:  # beside a real one the other takes its place, in autograd and where memory is pinned
     _setup_privateuseone_for_python_backend("pretend")
-    MODULE: Any = torch.pretend  # type: ignore[attr-defined]
+    MODULE: Any = torch.get_device_module("pretend")
     MODULE.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     MODULE.get_rng_state = lambda device=None: torch.get_rng_state()
     MODULE.set_rng_state = lambda state, device=None: torch.set_rng_state(state)

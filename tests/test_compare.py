@@ -29,7 +29,7 @@ from prefixtune.compare.cell import _after, _in_context, run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
-from prefixtune.compare.results import places_of, result_rows, spread
+from prefixtune.compare.results import machines_of, result_rows, spread
 from prefixtune.compare.rows import Rows
 from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Row, build_examples
@@ -408,8 +408,8 @@ def test_memory_and_time_of_several_machines_have_no_mean(measured: Measured) ->
     assert lora["dev_loss"] == cell["dev_loss"]
     assert base["peak_memory_bytes"] == measured.cells["base"]["peak_memory_bytes"]
     assert [column.text(lora) for column in columns_of([base, lora])]  # it can be shown
-    assert len(places_of([cell, other, cell])) == 2
-    found = {"failed": [], "unfinished": [], "machines": places_of([cell, other])}
+    assert machines_of([cell, other, cell]) == [cell["machine"], other["machine"]]
+    found = {"failed": [], "unfinished": [], "machines": machines_of([cell, other])}
     (line,) = missing_cells(found)
     assert "999 threads" in line
 

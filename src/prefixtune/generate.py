@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, takewhile
 from string import Formatter
@@ -80,7 +80,7 @@ def generate_batch(
     max_new_tokens: int,
     template: str | None = None,
     leads: Sequence[str] = (),
-    keep: Collection[int] = frozenset(),
+    dropped: frozenset[int] | None = None,
     batch_size: int = 8,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -94,14 +94,14 @@ def generate_batch(
         prompts: token ids; no prompt may be empty.
         template: what made them: an answer to a chat ends where the chat template closes a turn.
         leads: of each prompt what stands before its answer (`Prompt.lead`), and is left out where it does.
-        keep: special tokens that stay in the texts (`prefixtune.data.special_in` of the references).
+        dropped: special tokens that are left out (`prefixtune.data.special_beside`); all unless given.
         temperature: 0 takes the most probable token, more samples from a flatter distribution.
         top_p: sample from the most probable tokens that share this much probability (Holtzman et al. 2020).
         seed: makes sampling repeatable; torch's own random state is left as it was.
         progress: what a bar on stderr says; no bar unless given.
 
     Returns:
-        The new text for each prompt, in the order of the prompts, without other special tokens.
+        The new text for each prompt, in the order of the prompts, without special tokens.
     """
     settings = sampling(temperature=temperature, top_p=top_p)
     with seeded(seed):
@@ -116,7 +116,7 @@ def generate_batch(
             progress=progress,
         )
     pairs = zip(rows, leads or [""] * len(rows), strict=True)
-    return [answer_text(row, tokenizer, lead=lead, keep=keep) for row, lead in pairs]
+    return [answer_text(row, tokenizer, lead=lead, dropped=dropped) for row, lead in pairs]
 
 
 def generate_ids(

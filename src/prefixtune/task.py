@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Prompt, Row, build_prompts, special_in
+from prefixtune.data import Prompt, Row, build_prompts, special_beside
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import check_positions, ending, generate_batch
 from prefixtune.likelihood import check_labels, choose_labels
@@ -173,7 +173,7 @@ class Task:
             max_new_tokens=self._most_new_tokens(),
             template=self.data_config.template,
             leads=[one.prompt.lead for one in self.inputs],
-            keep=special_in((text for one in self.inputs for text in one.references), self.tokenizer),
+            dropped=special_beside((text for one in self.inputs for text in one.references), self.tokenizer),
             batch_size=self.batch_size,
             progress=progress,
         )

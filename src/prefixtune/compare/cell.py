@@ -22,7 +22,7 @@ from prefixtune.compare.rows import Question, Rows
 from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.compare.settings import ALL_PEERS
 from prefixtune.config import PrefixConfig, TrainConfig
-from prefixtune.data import Example, added_tokens, special_in
+from prefixtune.data import Example, added_tokens, special_beside
 from prefixtune.errors import DataError, RunError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.forgetting import NeutralTexts, forgetting
@@ -354,7 +354,7 @@ def _answers(plan: Plan, contender: Contender, tokenizer: Any, questions: Sequen
         max_new_tokens=answer_limit(plan, questions, tokenizer),
         template=plan.data.template,
         leads=[question.lead for question in questions],
-        keep=special_in((text for question in questions for text in question.references), tokenizer),
+        dropped=special_beside((text for question in questions for text in question.references), tokenizer),
         batch_size=BATCH,
     )
 

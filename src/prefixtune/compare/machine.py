@@ -6,12 +6,12 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "place_of", "shown_command", "versions"]
+__all__ = ["describe_machine", "shown_command", "versions"]
 
 PACKAGES = (
     *("prefixtune", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
@@ -34,12 +34,6 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
     }
-
-
-def place_of(machine: Mapping[str, Any]) -> str:
-    """What times and memory depend on, in a line."""
-    gpu, processor = machine["gpu"], machine["processor"]
-    return gpu or f"{processor}, {machine['cores']} cores, {machine['threads']} threads"
 
 
 def _cpuinfo(field: str) -> str:

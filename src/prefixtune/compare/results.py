@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prefixtune.compare.machine import place_of
 from prefixtune.compare.plan import Plan
 
-__all__ = ["places_of", "result_rows", "spread"]
+__all__ = ["machines_of", "result_rows", "spread"]
 
 OF_THE_MACHINE = ("initial_memory_bytes", "peak_memory_bytes", "train_seconds", "tokens_per_second")
 
@@ -39,7 +38,7 @@ def _row(
 ) -> dict[str, Any]:
     """Memory and time are None where the seeds are of several machines: their mean would be of neither."""
     means = {name: spread([cell[name] for cell in cells])["mean"] for name in (*OF_THE_MACHINE, "dev_loss")}
-    if len(places_of(cells)) > 1:
+    if len(machines_of(cells)) > 1:
         means |= dict.fromkeys(OF_THE_MACHINE)
     whole = {
         name: round(value) for name, value in means.items() if name.endswith("bytes") and value is not None
@@ -61,9 +60,13 @@ def _row(
     }
 
 
-def places_of(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+def machines_of(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The machines that cells were measured on, each once; an earlier version did not tell."""
-    return list(dict.fromkeys(place_of(cell["machine"]) for cell in cells if "machine" in cell))
+    found = {}
+    for machine in (cell["machine"] for cell in cells if "machine" in cell):
+        place = machine["gpu"] or tuple(machine[name] for name in ("processor", "cores", "threads"))
+        found.setdefault(place, machine)
+    return list(found.values())
 
 
 def _missing(cells: Sequence[Mapping[str, Any]]) -> list[str]:

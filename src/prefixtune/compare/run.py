@@ -19,7 +19,7 @@ from prefixtune import errors
 from prefixtune.compare.estimate import Forecast, spelled
 from prefixtune.compare.machine import versions
 from prefixtune.compare.plan import Cell, Plan
-from prefixtune.compare.results import places_of, result_rows
+from prefixtune.compare.results import machines_of, result_rows
 from prefixtune.compare.rows import Rows, write_json
 from prefixtune.compare.scoring import check_scoring, read_answers, score_answers
 from prefixtune.errors import PrefixTuneError, RunError
@@ -276,7 +276,7 @@ class _Bench:
             "dtype": self.rows.about["dtype_reason"],
             "versions": versions(),
             "machine": self.rows.about["machine"],
-            "machines": places_of(self.done.values()),
+            "machines": machines_of(self.done.values()),
             "command": self.command,
         }
         write_json(self.output / RESULTS, found)

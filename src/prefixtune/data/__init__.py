@@ -7,7 +7,7 @@ batch = Collator(tokenizer.pad_token_id)(examples[:8])
 
 from __future__ import annotations
 
-from prefixtune.data.answers import answer_text, special_in
+from prefixtune.data.answers import answer_text, special_beside
 from prefixtune.data.chat import fix_date
 from prefixtune.data.collate import Collator, as_example
 from prefixtune.data.examples import (
@@ -40,5 +40,5 @@ __all__ = [
     "fix_date",
     "load_rows",
     "parse_fields",
-    "special_in",
+    "special_beside",
 ]

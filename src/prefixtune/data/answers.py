@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["answer_text", "special_in"]
+__all__ = ["answer_text", "special_beside"]
 
 
 def answer_text(
-    ids: Sequence[int], tokenizer: Any, *, lead: str = "", keep: Collection[int] = frozenset()
+    ids: Sequence[int], tokenizer: Any, *, lead: str = "", dropped: frozenset[int] | None = None
 ) -> str:
     """The text of an answer, without special tokens and without what stands before the answer.
 
     Args:
         ids: up to the end token.
         lead: `Prompt.lead`. Where a thought of the row stands in it, another in its place is left out too.
-        keep: special tokens that stay, see `special_in`.
+        dropped: the special tokens that are left out, see `special_beside`; all unless given.
     """
-    text = _decoded(ids, tokenizer, keep)
-    shown = _decoded(tokenizer(lead, add_special_tokens=False)["input_ids"], tokenizer, keep).strip()
+    text = _decoded(ids, tokenizer, dropped)
+    shown = _decoded(tokenizer(lead, add_special_tokens=False)["input_ids"], tokenizer, dropped).strip()
     lines = [line.strip() for line in shown.splitlines() if line.strip()]
     begun = text.lstrip()
     if not lines:
@@ -32,23 +32,19 @@ def answer_text(
     return text
 
 
-def special_in(texts: Iterable[str], tokenizer: Any) -> frozenset[int]:
-    """Special tokens that are written in texts, such as the mark of a tool call in references.
+def special_beside(texts: Iterable[str], tokenizer: Any) -> frozenset[int] | None:
+    """Special tokens that the texts of references do not have; None where they have none at all.
 
-    A tokenizer leaves them out of what it decodes: no answer would be such a text.
+    A tokenizer leaves all out of what it decodes: no answer would be a text with the mark of a tool call.
     """
-    written = {id for text in texts for id in tokenizer(text, add_special_tokens=False)["input_ids"]}
-    return frozenset(written & _special(tokenizer))
-
-
-def _special(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+    special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+    written = {id for text in texts for id in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return frozenset(special - written) if special & written else None
 
 
-def _decoded(ids: Sequence[int], tokenizer: Any, keep: Collection[int]) -> str:
-    if keep:
-        special = _special(tokenizer)
-        ids = [id for id in ids if id in keep or id not in special]
-    text: str = tokenizer.decode(ids, skip_special_tokens=not keep)
+def _decoded(ids: Sequence[int], tokenizer: Any, dropped: frozenset[int] | None) -> str:
+    if dropped is not None:
+        ids = [id for id in ids if id not in dropped]
+    text: str = tokenizer.decode(ids, skip_special_tokens=dropped is None)
     return text

@@ -69,8 +69,8 @@ def missing_cells(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"NOT SCORED {place} by {failure['metric']}: {failure['error']}")
     if len(found.get("machines", ())) > 1:
         lines.append(
-            f"measured on several machines: {'; '.join(found['machines'])}. Memory and time do not compare "
-            "between them, and are left out where the seeds of a method are of several"
+            f"measured on several machines: {'; '.join(map(_place, found['machines']))}. Memory and time do "
+            "not compare between them, and are left out where the seeds of a method are of several"
         )
     return lines + ([f"not finished: {', '.join(found['unfinished'])}"] if found["unfinished"] else [])
 
@@ -123,11 +123,13 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def _place(machine: Mapping[str, Any]) -> str:
+    gpu, processor = machine["gpu"], machine["processor"]
+    return gpu or f"{processor}, {machine['cores']} cores, {machine['threads']} threads"
+
+
 def _about(found: Mapping[str, Any]) -> list[str]:
-    machine, data = found["machine"], found["data"]
-    place = (
-        machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
-    )
+    data = found["data"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return [
         f"- command: `{found['command']}`",
@@ -136,7 +138,7 @@ def _about(found: Mapping[str, Any]) -> list[str]:
         f"- metrics: {_pairs(found['metric_settings']) or 'none'}",
         f"- neutral text: {data['neutral'] or 'none'}",
         f"- seeds: {', '.join(map(str, found['seeds']))}; precision: {found['dtype']}",
-        f"- machine: {place}",
+        f"- machine: {_place(found['machine'])}",
         f"- versions: {versions}",
         "",
     ]
