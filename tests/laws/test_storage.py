@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -409,7 +410,7 @@ def test_prefix_is_replaced_where_the_file_system_has_no_hard_links(
     assert not list(folder.glob(".*"))
 
 
-def test_folder_on_another_disk_than_its_parent_is_written(
+def test_folder_on_another_disk_than_its_parent_or_in_one_that_is_not_writable_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / ("x" * 250)  # the longest name or nearly so
@@ -423,6 +424,15 @@ def test_folder_on_another_disk_than_its_parent_is_written(
 
         return checked
 
+    def in_the_folder(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
+        if not Path(dir).is_relative_to(folder):
+            raise PermissionError(
+                errno.EACCES, "Permission denied", dir
+            )  # as in a parent that is not writable
+        return own(suffix, prefix, dir)
+
+    own = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", in_the_folder)
     for name in ("rename", "replace", "link"):
         monkeypatch.setattr(os, name, on_one_disk(getattr(os, name)))
     for saved in (trained("llama"), trained("llama", seed=9)):

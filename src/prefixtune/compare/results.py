@@ -62,7 +62,7 @@ def _row(
 
 def machines_of(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The machines that cells were measured on, each once; an earlier version did not tell."""
-    found = {}
+    found: dict[Any, dict[str, Any]] = {}
     for machine in (cell["machine"] for cell in cells if "machine" in cell):
         place = machine["gpu"] or tuple(machine[name] for name in ("processor", "cores", "threads"))
         found.setdefault(place, machine)
