@@ -6,7 +6,7 @@ Axes: S tokens, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["IGNORED", "STEP", "chunked_cross_entropy", "chunked_divergence", "wi
 STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each that it meets (bench/LOG.md)
 CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
 CHUNK_TOKENS = 128  # at a time at least, however large the vocabulary: matmuls of fewer are slow
-SOFTMAX_NUMBERS = 2**20  # of them at a time through the softmax: what a core's caches hold
+SOFTMAX_NUMBERS = 2**19  # of them at a time through the softmax: what a core's caches hold
 IGNORED = -100
 Head = Callable[[Tensor], Tensor]
 # (logits [s, V], the chunk's place among the tokens, whether a gradient is wanted) -> summed loss;
@@ -106,11 +106,12 @@ class _Chunked(torch.autograd.Function):
 
 def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
     """Summed nats of [s, V] logits; softmax minus one-hot takes their place. float32 within."""
-    total = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device)
-    for rows in _pieces(logits):
+    total, pieces = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device), _pieces(logits)
+    buffer = _buffer(logits, pieces, total.dtype)
+    for rows in pieces:
         part, picked = logits[rows], labels[rows, None]
         counts, picked = picked != IGNORED, picked.clamp_min(0)
-        numbers = part.to(total.dtype, copy=True)
+        numbers = buffer[: len(part)].copy_(part)
         numbers -= numbers.amax(dim=1, keepdim=True)
         of_target = numbers.gather(1, picked)
         sums = numbers.exp_().sum(dim=1, keepdim=True)
@@ -128,8 +129,7 @@ def _divergence_(logits: Tensor, aimed: Tensor, counted: Tensor, *, gradient: bo
     Three pieces of memory for all: new ones for each piece left several hundred MB resident (bench/LOG.md).
     """
     total, pieces = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device), _pieces(logits)
-    largest = logits[pieces[0]].shape if pieces else (0, 0)
-    buffers = [logits.new_empty(largest, dtype=total.dtype) for _ in range(3)]
+    buffers = [_buffer(logits, pieces, total.dtype) for _ in range(3)]
     for rows in pieces:
         counts = counted[rows, None]
         ours, theirs, likely = (buffer[: len(counts)] for buffer in buffers)
@@ -140,6 +140,11 @@ def _divergence_(logits: Tensor, aimed: Tensor, counted: Tensor, *, gradient: bo
         if gradient:
             logits[rows] = ours.exp_().sub_(likely).mul_(counts)
     return total
+
+
+def _buffer(logits: Tensor, pieces: Sequence[slice], dtype: torch.dtype) -> Tensor:
+    """Memory for the largest piece, the first."""
+    return logits.new_empty(logits[pieces[0]].shape if pieces else (0, 0), dtype=dtype)
 
 
 def _log_softmax_(numbers: Tensor, spare: Tensor) -> None:

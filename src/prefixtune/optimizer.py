@@ -4,7 +4,8 @@ steps, if asked for, of the virtual tokens that get most of the attention. Knows
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,11 +86,12 @@ class HeadwiseSoap(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moving = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, parameter in moving:
-            self._observe(parameter)
-        self._turn([parameter for _, parameter in moving])
-        for group, parameter in moving:
-            self._move(parameter, group)
+        with _one_thread():
+            for _, parameter in moving:
+                self._observe(parameter)
+            self._turn([parameter for _, parameter in moving])
+            for group, parameter in moving:
+                self._move(parameter, group)
         return loss
 
     def _observe(self, parameter: Tensor) -> None:
@@ -140,3 +142,14 @@ class HeadwiseSoap(torch.optim.Optimizer):
             move.mul_(factor.nan_to_num(1.0))  # 0 / 0: tokens without a gradient do not move anyway
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(move @ basis.mT, alpha=group["lr"])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a CPU: a prefix's tensors are so small that threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -153,6 +153,30 @@ def test_direction_that_is_new_late_is_no_leap(late: int) -> None:
         assert (parameter - before).abs().max() < 0.3
 
 
+def test_one_thread_steps_and_the_others_are_back_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen, eigh = torch.get_num_threads(), [], torch.linalg.eigh
+
+    def observed(matrices: torch.Tensor) -> object:
+        seen.append(torch.get_num_threads())
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return eigh(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", observed)
+    parameter = torch.nn.Parameter(torch.ones(1, 2, 3))
+    parameter.grad = torch.ones(1, 2, 3)
+    optimizer = HeadwiseSoap([parameter])
+    torch.set_num_threads(3)
+    try:
+        optimizer.step()
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
 def test_prefix_in_bfloat16_is_refused_and_trains_in_float32_on_the_same_base(projection: bool) -> None:
     model = PrefixModel(tiny_model("llama"), PrefixConfig(length=3, projection=projection)).to(torch.bfloat16)
