@@ -14,7 +14,7 @@ from torch import nn
 __all__ = ["Fingerprint"]
 
 # The fingerprint has 48 values from each of six matrices, the embedding and others over the depth, and 4 from
-# each other one: a merged LoRA changes some kinds of layer alone.
+# each other parameter: a merged LoRA changes some kinds of layer alone, and norms and biases are tuned alone.
 SKETCH_TENSORS, SKETCH_VALUES, SKETCH_OTHERS = 6, 48, 4
 
 
@@ -22,7 +22,7 @@ SKETCH_TENSORS, SKETCH_VALUES, SKETCH_OTHERS = 6, 48, 4
 class Fingerprint:
     """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
 
-    `values` holds sampled numbers of every matrix by parameter name, `dtype` their precision. Two loads of
+    `values` holds sampled numbers of every parameter by its name, `dtype` their precision. Two loads of
     one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little, and even
     if one kind of layer moved alone.
     """
@@ -43,14 +43,15 @@ class Fingerprint:
         before: Fingerprint | None = getattr(base, "prefixtune_fingerprint", None)
         if before is not None:
             return before
-        matrices = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim() > 1]
-        weights = [(name, p) for name, p in matrices if p.dim() == 2]
-        if not weights or weights[0][1].is_meta:
+        numbers = [(name, p) for name, p in base.named_parameters() if p.is_floating_point() and p.dim()]
+        weights = [(name, p) for name, p in numbers if p.dim() == 2]
+        here = [(name, p) for name, p in numbers if not p.is_meta]  # the others are on a disk, or nowhere
+        if not weights or not here:
             return cls(values={})
         stride = (len(weights) - 1) / (SKETCH_TENSORS - 1)
         more = {weights[round(i * stride)][0] for i in range(SKETCH_TENSORS)}
         values = {}
-        for name, weight in matrices:
+        for name, weight in here:
             flat, count = weight.detach().reshape(-1), SKETCH_VALUES if name in more else SKETCH_OTHERS
             index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
             values[name] = flat[index.to(flat.device)].float().cpu().tolist()

@@ -122,21 +122,27 @@ class PrefixModel(nn.Module):
         kwargs |= {name: value for name, value in given.items() if value is not None}
         if labels is not None and self.training:
             kwargs.setdefault("use_cache", False)
-        with self._attached(self.prefix()):
+        pairs = self.prefix()
+        cached = kwargs.get("use_cache") is not False or past_key_values is not None
+        with self._attached(pairs, cached=cached):
             return self.base_model(input_ids=input_ids, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's generate, in every mode that the base has; the prefix is baked once per call."""
         with torch.no_grad():
             pairs = self.prefix()
-        with self._attached(pairs):
+        with self._attached(pairs, cached=True):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
-    def _attached(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        # a cache from before an optimizer step was computed behind another prefix
-        version = sum(parameter._version for parameter in self.prefix.parameters())
-        with attach_pairs(self.base_model, pairs, name=f"{self._name}-{version}"):
+    def _attached(self, pairs: Sequence[tuple[Tensor, Tensor]], *, cached: bool) -> Iterator[None]:
+        name = self._name
+        if cached:
+            # A cache from before an optimizer step was computed behind another prefix. The numbers tell, and
+            # not the parameters' versions: fused optimizers do not count them up.
+            made = [tensor.detach().double() for pair in pairs for tensor in pair]
+            name += str(torch.stack([tensor.square().sum() for tensor in made]).tolist())
+        with attach_pairs(self.base_model, pairs, name=name):
             yield
 
     # --- the habits of a PreTrainedModel

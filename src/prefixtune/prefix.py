@@ -48,6 +48,8 @@ class PrefixKV:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ConfigError("a PrefixKV needs at least one layer")
+        if self.layers[0].key.dim() == 3 and not self.length:
+            raise ConfigError("a PrefixKV needs at least one virtual token")
         for index, layer in enumerate(self.layers):
             if layer.key.dim() != 3 or layer.key.shape[:2] != layer.value.shape[:2]:
                 raise ConfigError(
@@ -107,11 +109,21 @@ class PrefixKV:
         Args:
             base: the base model, without a prefix attached.
             input_ids: [1, P] token ids.
+
+        Raises:
+            ConfigError: they are not that, or the model has no such ids or not as many positions.
         """
         from transformers import DynamicCache
 
+        if not isinstance(input_ids, Tensor):
+            raise ConfigError(f"input_ids: expected a tensor [1, P]; got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise ConfigError(f"input_ids: expected [1, P] with P > 0; got {list(input_ids.shape)}")
+        whole: Any = base
+        known = len(whole.get_input_embeddings().weight)
+        wrong = [token for token in input_ids[0].tolist() if not 0 <= token < known]
+        if wrong:
+            raise ConfigError(f"input_ids: token {wrong[0]} is not one of the model's {known}")
         if getattr(base, "prefixtune_attached", False):
             raise ConfigError(
                 "from_tokens: a prefix is attached to this model", hint="leave attach(...) first"

@@ -193,3 +193,22 @@ def test_loss_is_weighted_by_the_number_of_targets_that_the_trainer_counts(famil
         mean = model(**BATCH).loss
         share = model(**BATCH, num_items_in_batch=torch.tensor(5 * targets)).loss
     assert share.item() == pytest.approx(mean.item() / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_tensors_are_read_anew_after_a_pass_without_gradient(dtype: torch.dtype) -> None:
+    base = tiny_model("llama").to(dtype)
+    text = torch.tensor([[5, 6, 7, 8, 9]]).expand(2, -1)
+    made = PrefixKV.from_tokens(base, text[:1])
+    live = [LayerKV(*(t.float().requires_grad_() for t in (layer.key, layer.value))) for layer in made.layers]
+    with attach(base, [PrefixKV(tuple(live)), None]):
+        with torch.no_grad():
+            before = base(input_ids=text, use_cache=False).logits
+        base(input_ids=text, labels=text, use_cache=False).loss.backward()
+        assert all(layer.key.grad.any() and layer.value.grad.any() for layer in live)
+        with torch.no_grad():
+            for layer in live:
+                layer.value.add_(1)
+            after = base(input_ids=text, use_cache=False).logits
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[1], before[1])

@@ -41,6 +41,7 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.attachment import attach
 from prefixtune.errors import AttachError, ConfigError, PrefixTuneError, UnsupportedModelError
 from prefixtune.geometry import Geometry
+from prefixtune.prefix import LayerKV
 
 SEQ2SEQ: dict[str, Any] = dict(
     vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
@@ -315,6 +316,17 @@ def test_cache_used_after_leaving_attach_is_refused(make: Any) -> None:
     assert_close(found, logits(base, joined(A, B, C))[:, -C.shape[1] :])
 
 
+@pytest.mark.parametrize("make", [lambda past: past, copy.deepcopy], ids=["same", "deepcopy"])
+def test_cache_that_was_emptied_is_anyones(make: Any) -> None:
+    base = bare("llama")
+    past = hf.StaticCache(config=base.config, max_cache_len=40)
+    with attach(base, kv_of("llama", A)):
+        base(input_ids=B, past_key_values=past)
+    past = make(past)
+    past.reset()
+    assert_close(logits(base, B, past_key_values=past), logits(base, B))
+
+
 def test_rows_of_a_mixed_cache_cannot_change_places() -> None:
     base, kv = bare("llama"), kv_of("llama", A)
     with attach(base, [kv, None]):
@@ -323,11 +335,25 @@ def test_rows_of_a_mixed_cache_cannot_change_places() -> None:
         base(input_ids=C.expand(2, -1), past_key_values=past)
 
 
-def test_cache_of_a_prefix_that_has_since_been_trained_is_refused() -> None:
-    model = PrefixModel(tiny_model("llama"), kv_of("llama", A))
-    past = model(input_ids=B, use_cache=True).past_key_values
+def _stepped(model: PrefixModel, **options: Any) -> None:
     model(input_ids=B, labels=B).loss.backward()
-    torch.optim.SGD(model.prefix.parameters(), lr=1.0).step()
+    torch.optim.AdamW(model.prefix.parameters(), lr=0.1, **options).step()
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "projection"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _stepped,
+        partial(_stepped, fused=True),  # counts no parameter's version up, and is Trainer's default
+        lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
+    ],
+    ids=["step", "fused step", "load"],
+)
+def test_cache_of_a_prefix_that_has_since_been_trained_is_refused(change: Any, projection: bool) -> None:
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=3, projection=projection)).eval()
+    past = model(input_ids=B, use_cache=True).past_key_values
+    change(model)
     with pytest.raises(AttachError, match="another prefix"):
         model(input_ids=C, past_key_values=past)
 
@@ -367,6 +393,23 @@ def test_nested_attach_is_refused_and_the_outer_one_stays() -> None:
             PrefixKV.from_tokens(base, A)
         found = logits(base, B)
     assert_close(found, logits(base, joined(A, B))[:, A.shape[1] :])
+
+
+def test_copy_of_a_model_within_attach_is_refused() -> None:
+    base = bare("llama")
+    with attach(base, kv_of("llama", A)), pytest.raises(AttachError, match="a copy would keep"):
+        copy.deepcopy(base)
+    assert_close(logits(copy.deepcopy(base), B), logits(base, B))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_positions_that_count_pads_are_refused_in_each_precision(dtype: torch.dtype, seed: int) -> None:
+    text = {**COMMON, "num_key_value_heads": 4}
+    config = hf.FuyuConfig(text_config={**text, "model_type": "persimmon"}, patch_size=4, **text)
+    base = randomised(config, seed=seed, dtype=dtype)
+    with pytest.raises(UnsupportedModelError, match="does not reproduce the text"):
+        PrefixModel(base, PrefixConfig(length=3))
 
 
 def test_error_within_attach_leaves_the_base_as_it_was() -> None:
@@ -420,7 +463,9 @@ def test_what_is_no_cache_is_refused(past: Any) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("option", [{"guidance_scale": 1.7}, {"assistant_early_exit": 1}])
+@pytest.mark.parametrize(
+    "option", [{"guidance_scale": 1.7}, {"assistant_ensemble_weight": 0.3}, {"assistant_early_exit": 1}]
+)
 @pytest.mark.parametrize("place", ["call", "config", "model"])
 def test_generate_refuses_what_would_not_be_exact(
     way: str, option: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
@@ -521,3 +566,22 @@ assert callable(prefixtune.attach), prefixtune.attach
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: PrefixKV.from_tokens(bare("llama"), torch.tensor([[VOCAB]])), f"token {VOCAB} is not one"),
+        (lambda: PrefixKV.from_tokens(bare("llama"), torch.tensor([[-1]])), "token -1 is not one"),
+        (lambda: PrefixKV.from_tokens(bare("llama"), [[5, 6]]), r"expected a tensor \[1, P\]; got list"),
+        (lambda: PrefixKV(tuple(_without_tokens(kv_of("llama", A)))), "at least one virtual token"),
+    ],
+    ids=["beyond", "negative", "list", "no tokens"],
+)
+def test_what_cannot_be_a_prefix_is_a_clear_error(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+def _without_tokens(kv: PrefixKV) -> list[LayerKV]:
+    return [LayerKV(layer.key[:, :0], layer.value[:, :0]) for layer in kv.layers]

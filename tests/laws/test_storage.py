@@ -168,16 +168,27 @@ def test_base_with_one_changed_matrix_is_refused(folder: Path, change: float) ->
         load(folder, base)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_whichever_matrix_of_a_base_changed_it_is_another(family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_whichever_weight_of_a_base_changed_it_is_another(family: str) -> None:
     base = tiny_model(family)
     before = Fingerprint.of(base)
-    for _, weight in filter(lambda named: named[1].dim() > 1, base.named_parameters()):
+    for weight in base.parameters():
         kept = weight.data.clone()
-        weight.data.mul_(1.02)
+        weight.data.mul_(1.02).add_(1e-3)
         assert not before.matches(Fingerprint.of(base))
         weight.data.copy_(kept)
     assert before.matches(Fingerprint.of(tiny_model(family)))
+
+
+def test_base_with_weights_on_a_disk_is_known_by_the_others() -> None:
+    base = tiny_model("llama")
+    whole, last = Fingerprint.of(base), base.model.layers[-1]
+    last.to("meta")
+    part = Fingerprint.of(base)
+    assert part.values.keys() < whole.values.keys()
+    assert part.matches(whole)
+    base.model.embed_tokens.to("meta")
+    assert Fingerprint.of(base).matches(whole)
 
 
 def test_folder_that_has_numbers_of_a_few_matrices_still_finds_its_base(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,7 @@ def forward_with_prefix(
         )
     if text is not None:
         setattr(text, MARK, names)
-        text.update = _refuse_bare_use
+        text.update = MethodType(_refuse_bare_use, text)
     return _give_back(output, view, text)
 
 
@@ -241,7 +242,12 @@ def _give_back(output: Any, view: View, text: Any) -> Any:
     return output
 
 
-def _refuse_bare_use(*args: Any, **kwargs: Any) -> Any:
+def _refuse_bare_use(text: Cache, *args: Any, **kwargs: Any) -> Any:
+    """Stands for the cache's `update` until it is emptied."""
+    if int(text.get_seq_length()) == 0:
+        for name in ("update", MARK):
+            delattr(text, name)
+        return text.update(*args, **kwargs)
     raise AttachError(
         "this cache holds text that was computed behind a prefix, and no prefix is attached",
         hint="use it within attach(...) or with its PrefixModel",

@@ -25,6 +25,7 @@ _SUPPORTED: WeakKeyDictionary[nn.Module, Geometry] = WeakKeyDictionary()
 # options of generate that have no exact meaning with a prefix: values that leave them off, and why
 _INEXACT: dict[str, tuple[tuple[Any, ...], str]] = {
     "guidance_scale": ((None, 1), "its second pass leaves the text out, but would keep the prefix"),
+    "assistant_ensemble_weight": ((None,), "its assistant reads the text without the prefix"),
     "assistant_early_exit": ((None,), "its drafts run some of the layers, and the prefix is in all"),
 }
 _BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -32,7 +33,7 @@ _BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_c
 
 @contextmanager
 def attach(base: nn.Module, prefixes: PrefixKV | Sequence[PrefixKV | None]) -> Iterator[nn.Module]:
-    """Within the block, `base` answers as if each row began with its prefix.
+    """Within the block, `base` answers as if each row began with its prefix: to calls of other threads, too.
 
     Args:
         base: a causal language model of transformers.
@@ -107,31 +108,50 @@ def supported(base: nn.Module) -> Geometry:
     return _SUPPORTED[base]
 
 
-@torch.no_grad()
 def _check_oracle(base: nn.Module) -> None:
-    """The prefix made of A's KV, applied to B, against the bare model on [A; B]; one row is left-padded."""
+    """Raise UnsupportedModelError unless a prefix does what the text does that it stands for.
+
+    In 16 bits chance may send a token to another expert: then two more texts are tried.
+    """
+    tries = 1 if is_exact(base) else 3
+    found = [_oracle_error(base, number) for number in range(tries)]
+    if not any(error <= allowed for error, allowed in found):
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: a prefix does not reproduce the text it stands for "
+            f"(relative error of the logits {min(error for error, _ in found):.2g})",
+            hint="this architecture is refused rather than served inexactly; please report it",
+        )
+
+
+@torch.no_grad()
+def _oracle_error(base: nn.Module, number: int) -> tuple[float, float]:
+    """How far the prefix made of A's KV, applied to B, is from the bare model on [A; B], and may be.
+
+    One row has pads on its left. In 16 bits the measure is what the bare model's own cache makes of A and B.
+    """
     device = next(base.parameters()).device
-    vocabulary = text_config(base).vocab_size
-    ids = (torch.arange(7, device=device) * 131 + 7)[None] % vocabulary
-    text, rest = ids[:, :4], ids[:, 4:]
+    ids = (torch.arange(12, device=device) * 131 + 7 + 53 * number)[None] % text_config(base).vocab_size
+    text, rest, pads = ids[:, :4], ids[:, 4:], 5
     with quiet_eval(base):
         whole = base(input_ids=ids, use_cache=False).logits[0, -1].float()
-        short = base(input_ids=torch.cat([text, rest[:, 1:]], dim=1), use_cache=False).logits[0, -1].float()
+        joined = torch.cat([text, rest[:, pads:]], dim=1)
+        short = base(input_ids=joined, use_cache=False).logits[0, -1].float()
         kv = PrefixKV.from_tokens(base, text)
         batch = torch.cat([rest, rest])
         mask = torch.ones_like(batch)
-        mask[1, 0] = 0
+        mask[1, :pads] = 0
         with attach(base, kv):
             found = base(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, -1].float()
-    exact = is_exact(base)
-    for expected, got in ((whole, found[0]), (short, found[1])):
-        error = float((got - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-12))
-        if not error <= (1e-3 if exact else 0.25):
-            raise UnsupportedModelError(
-                f"{type(base).__name__}: a prefix does not reproduce the text it stands for "
-                f"(relative error of the logits {error:.2g})",
-                hint="this architecture is refused rather than served inexactly; please report it",
-            )
+        error = max(_relative(found[0], whole), _relative(found[1], short))
+        if is_exact(base):
+            return error, 1e-3
+        cache = base(input_ids=text, use_cache=True).past_key_values
+        own = base(input_ids=rest, past_key_values=cache, use_cache=True).logits[0, -1].float()
+    return error, min(0.25, max(0.05, 8 * _relative(own, whole)))
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / (expected - expected.mean()).norm().clamp_min(1e-12))
 
 
 class Session:
@@ -173,6 +193,7 @@ class Session:
             return forward_with_prefix(self, original, parameters, args, kwargs)
 
         self._set(self.base, "prefixtune_attached", True)
+        self._set(self.base, "__deepcopy__", _no_copies)
         self._set(self.decoder, "forward", forward)
         for module in self.checkpointed:
             self._set(module, "_can_checkpoint_with_cache", True)
@@ -253,7 +274,7 @@ class Session:
                 )[index]
                 for side in (0, 1)
             )
-        if not (key.requires_grad or value.requires_grad):
+        if not any(tensor.requires_grad for pair in pairs for tensor in pair):  # those are to be read anew
             self.blocks[place] = (key, value)
         return key, value
 
@@ -282,6 +303,13 @@ def _no_continuous_batching(*args: Any, **kwargs: Any) -> None:
     raise AttachError(
         "continuous batching pages its cache, and a prefix has no place in its pages",
         hint="call generate with a batch, or serve it: prefixtune serve batches continuously",
+    )
+
+
+def _no_copies(memo: Any) -> None:
+    raise AttachError(
+        "a copy would keep the attached prefix, and run the original's layers",
+        hint="copy the model before attach(...), or after it",
     )
 
 
