@@ -357,11 +357,11 @@ def test_length_auto_without_rows_is_the_most_that_train_takes_and_told(
     config = {"model_type": "gpt2", "vocab_size": 500, "n_embd": 64, "n_layer": 2, "n_head": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     line = (*command, tmp_path / "config.json", "--json", "--length")
-    auto, most, few = (succeed(*line, length) for length in ("auto", "64", "10"))
+    auto, most, few = (succeed(*line, length) for length in ("auto", "128", "10"))
     name = {"inspect": "trainable_parameters", "estimate": "prefix_bytes"}[command[0]]
     counts = [json.loads(result.stdout)[name] for result in (auto, most, few)]
     assert counts[0] == counts[1] > counts[2]
-    assert "64 virtual tokens" in auto.stderr
+    assert "128 virtual tokens" in auto.stderr
 
 
 def test_inspect_tells_which_layers_train(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import random
@@ -706,13 +705,20 @@ def test_probe_times_the_base_that_a_run_has(tmp_path: Path, monkeypatch: pytest
 def test_probe_counts_the_neutral_text_of_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # each pass takes a second
+    run, tokens = Passes._states, [0]
+
+    def counted(passes: Any, rows: Any, pairs: Any) -> Any:  # each token takes a millisecond
+        tokens[0] += sum(len(row.input_ids) for row in rows)
+        return run(passes, rows, pairs)
+
+    monkeypatch.setattr(Passes, "_states", counted)
+    clock = SimpleNamespace(perf_counter=lambda: tokens[0] / 1000)
     monkeypatch.setattr("prefixtune.train.probe.time", clock)
     line = ("estimate", "--model", tmp_path, "--max-length", 16, "--probe", "--json")
     of_rows, with_neutral = (
         json.loads(call(*line, "--retain", weight).stdout)["seconds_per_1000_rows"] for weight in (0, 0.5)
     )
-    assert with_neutral / of_rows == pytest.approx((16 + 2 * 64 / 8) / 16)
+    assert (of_rows, with_neutral) == pytest.approx((16, 16 + 2 * 64 / 8))
 
 
 def write_model(folder: Path, *, stored: torch.dtype = torch.float32, **shape: int) -> Path:

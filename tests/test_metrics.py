@@ -168,6 +168,18 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_metrics"
 
 
+def test_what_an_own_module_prints_is_not_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_loud.py").write_text(
+        "print('imported')\ndef one(predictions, references):\n    print('called')\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_loud", raising=False)
+    assert score(["own_loud:one"], ["a"], [["a"]]) == {"own_loud:one": 1.0}
+    assert capfd.readouterr() == ("", "imported\ncalled\n")
+
+
 def test_own_function_scores_beside_the_others(own: str) -> None:
     found = score([f"{own}:length", "exact_match", f"{own}:several"], ["ab", "c"], [["ab"], ["x", "y"]])
     assert found == {

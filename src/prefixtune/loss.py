@@ -67,9 +67,15 @@ class RowTokens:
         """The rows of a padded batch [B, T] without their padding, with the batch's aims where it has some.
 
         Raises:
-            DataError: a row's attention mask has a hole.
+            DataError: a row's attention mask has a hole, or its positions restart: rows are not to be packed.
         """
         ids_of, labels_of = batch["input_ids"].cpu(), batch["labels"].cpu()
+        positions = batch.get("position_ids")
+        if positions is not None and bool((positions[..., 1:] < positions[..., :-1]).any()):
+            raise DataError(
+                "position_ids: they restart within a row of a training batch, which would be one document",
+                hint="give each document as a row (prefixtune.data.Collator): rows are packed afterwards",
+            )
         mask = batch.get("attention_mask", torch.ones_like(ids_of)).cpu() != 0
         aims = batch.get("aims") or [None] * len(mask)
         rows = []

@@ -13,12 +13,12 @@ from oracle import A, without_dropout
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
 from prefixtune.data import Collator, Example
-from prefixtune.errors import ConfigError, UnsupportedModelError
+from prefixtune.errors import ConfigError, DataError, UnsupportedModelError
 from prefixtune.loss import Passes, RowTokens
 from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
@@ -396,3 +396,19 @@ class Elsewhere(Tensor):
         assert not plain, f"{func.__name__} of tensors on two devices"
         found = super().__torch_function__(func, types, args, kwargs)
         return found.as_subclass(Tensor) if func is Tensor.cpu else found
+
+
+def test_tokens_of_each_process_by_themselves_are_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", average_tokens_across_devices=False
+    )
+    with pytest.raises(ConfigError, match="average_tokens_across_devices"):
+        PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0)
+
+
+def test_documents_in_one_row_are_refused_and_positions_of_one_are_not(tmp_path: Path) -> None:
+    batch = DataCollatorWithFlattening()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    with pytest.raises(DataError, match="position_ids: they restart"):
+        RowTokens.of_batch(batch)
+    (row,) = RowTokens.of_batch({**batch, "position_ids": torch.arange(5)[None]})
+    assert row.input_ids.tolist() == [5, 6, 7, 8, 9]

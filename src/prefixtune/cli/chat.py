@@ -26,7 +26,7 @@ __all__ = ["chat"]
 @click.option(
     "--top-p", default=1.0, show_default=True, help="sample from the likeliest tokens of this share"
 )
-@click.option("--seed", type=int, help="makes sampling repeatable")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="makes sampling repeatable")
 def chat(
     model: str | None,
     prefix_folder: Path | None,

@@ -12,7 +12,7 @@ from prefixtune.config import DataConfig, TrainConfig
 
 __all__ = ["estimate"]
 
-DEFAULTS = {"length": "auto, as train: by the number of rows, 64 without --data"}
+DEFAULTS = {"length": "auto, as train: by the number of rows, 128 without --data"}
 
 
 @click.command()

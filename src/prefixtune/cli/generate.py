@@ -28,7 +28,7 @@ __all__ = ["generate"]
 @click.option(
     "--top-p", default=1.0, show_default=True, help="sample from the likeliest tokens of this share"
 )
-@click.option("--seed", type=int, help="makes sampling repeatable")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="makes sampling repeatable")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="rows at a time")
 @config_options(
     "data",

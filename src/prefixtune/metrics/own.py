@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -29,7 +31,8 @@ def load_metric(name: str) -> Callable[..., Any]:
     if not module_name or not function_name.isidentifier():
         raise ConfigError(f"metric {name!r}: expected package.module:function", hint=FORM)
     try:
-        module = import_module(module_name)
+        with redirect_stdout(sys.stderr):  # stdout is the result
+            module = import_module(module_name)
     except Exception as error:  # the user's module may raise what it likes
         raise ConfigError(
             f"metric {name}: the module {module_name} cannot be imported: {type(error).__name__}: {error}",
@@ -52,7 +55,8 @@ def call_metric(
     """
     function = load_metric(name)
     try:
-        found = function(list(predictions), [list(texts) for texts in references])
+        with redirect_stdout(sys.stderr):
+            found = function(list(predictions), [list(texts) for texts in references])
     except Exception as error:
         raise ConfigError(
             f"metric {name}: it failed: {type(error).__name__}: {error}", hint="--debug shows where"

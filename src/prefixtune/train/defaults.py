@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
-SHORTEST_LENGTH, LONGEST_LENGTH = 8, 64
+SHORTEST_LENGTH, LONGEST_LENGTH = 8, 128
 # Two passes over the rows: in more they are learnt by heart. One where that alone makes many steps, more
 # where two make next to none (docs/defaults.md).
 EPOCHS, MANY_STEPS = 2, 500
@@ -83,7 +83,7 @@ def default_length(rows: int) -> int:
 
     Example:
         >>> [default_length(rows) for rows in (50, 400, 2000)]
-        [23, 64, 64]
+        [23, 64, 128]
     """
     return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(3.2 * math.sqrt(rows))))
 

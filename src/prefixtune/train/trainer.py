@@ -82,6 +82,11 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
                     f"{name}: PrefixTrainer never has whole logits, so it would have no effect",
                     hint="transformers.Trainer with a PrefixModel takes it",
                 )
+        if not self.args.average_tokens_across_devices:
+            raise ConfigError(
+                "average_tokens_across_devices: a step's target tokens count the same in all processes",
+                hint="leave it at its default, True",
+            )
         if self.args.fp16:  # Trainer would divide the gradients by the scale of a loss that has none
             raise ConfigError("fp16: the prefix is trained in float32", hint="load the base in float16")
 
