@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -20,7 +21,7 @@ from families import tiny_model
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, new_demo_copy
 from prefixtune.errors import ConfigError, ModelError
 from prefixtune.fingerprint import Fingerprint
-from prefixtune.gguf_file import set_special_tokens
+from prefixtune.gguf_file import check_read_whole, set_special_tokens
 from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.precision import choose_dtype
 from tokenizers_for_tests import byte_tokenizer
@@ -280,6 +281,40 @@ def test_begin_and_end_of_a_text_are_those_of_the_gguf_file(tmp_path: Path) -> N
     tokenizer.eos_token = "<|im_start|>"  # as transformers 5.17 reads the file
     set_special_tokens(tokenizer, tmp_path / "a.gguf")
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("change", "unread"),
+    [
+        (lambda writer: None, None),
+        (lambda writer: writer.add_rope_freq_base(10_000.0), None),
+        (lambda writer: writer.add_rope_freq_base(500_000.0), "llama.rope.freq_base"),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE), None),
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), None),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.full(4, 2, np.float32)),
+            "rope_freqs.weight",
+        ),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "32 of its numbers"),
+    ],
+    ids=["whole", "base", "other base", "no scaling", "scaling", "factors of 1", "factors", "biases"],
+)
+def test_a_gguf_file_of_which_something_would_be_left_out_is_refused(
+    change: Any, unread: str | None, tmp_path: Path
+) -> None:
+    model, file = tiny_model("llama"), tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("all.weight", np.zeros(sum(p.numel() for p in model.parameters()), np.float32))
+    change(writer)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    if unread is None:
+        check_read_whole(model, file)
+    else:
+        with pytest.raises(ModelError, match=f"does not read {unread}"):
+            check_read_whole(model, file)
 
 
 @pytest.mark.slow

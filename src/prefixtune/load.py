@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, demo_file, new_demo_copy
 from prefixtune.errors import ModelError
 from prefixtune.geometry import text_config
-from prefixtune.gguf_file import need_gguf, set_special_tokens
+from prefixtune.gguf_file import check_read_whole, need_gguf, set_special_tokens
 from prefixtune.precision import choose_dtype, device_of
 from prefixtune.progress import note
 from prefixtune.quantize import check_scheme, quantization, quantize_base
@@ -304,6 +304,7 @@ def _read_model(source: _Source, dtype: torch.dtype, *, as_stored: bool = False)
     _cap_scores(model)
     if source.gguf_file:
         _forget_quantization(model)
+        check_read_whole(model, Path(source.path, source.gguf_file))
     model.config._name_or_path = source.name  # by which it can be found again
     return model, sorted(report["unexpected_keys"])
 
