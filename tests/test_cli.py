@@ -202,6 +202,23 @@ def test_value_of_another_type_names_file_and_option(line: str, said: str, toml:
     assert said in message
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("length = 2.9", "whole number; got 2.9"), ("init_tokens = [5.9, 6]", "expected integers with commas")],
+)
+def test_a_fraction_of_a_token_is_refused_and_not_cut(line: str, said: str, toml: Any) -> None:
+    message = " ".join(refused("--config", toml(f"[prefix]\n{line}\n")).split())
+    assert f"prefix.{line.split()[0]}" in message
+    assert said in message
+
+
+def test_device_that_holds_no_numbers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BLOOM))
+    result = run("estimate", "--model", tmp_path / "config.json", "--device", "meta")
+    assert result.exit_code == 2
+    assert "device 'meta' cannot be used" in result.stderr
+
+
 def test_broken_toml_names_file_and_line(toml: Any) -> None:
     file = toml("[train]\nseed = 1\nlearning_rate = oops\n")
     assert f"{file}:3:" in refused("--config", file).replace("\n", "")

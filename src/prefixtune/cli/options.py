@@ -54,6 +54,8 @@ class TokenIds(click.ParamType):  # type: ignore[type-arg]  # generic since clic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         try:
+            if any(isinstance(part, float) for part in parts):  # int would cut it
+                raise ValueError
             return tuple(int(part) for part in parts)
         except (TypeError, ValueError):
             self.fail(f"expected integers with commas between them; got {value!r}", param, ctx)
@@ -264,7 +266,7 @@ def _checked(ctx: click.Context, option: click.Option, value: Any, *, where: str
     expected = option.type.name
     if isinstance(value, bool) and not isinstance(option.type, click.types.BoolParamType):
         raise ConfigError(f"{where}: expected {expected}; got {str(value).lower()}")
-    if isinstance(value, float) and expected == "integer" and not value.is_integer():
+    if isinstance(value, float) and expected.startswith("integer") and not value.is_integer():
         raise ConfigError(f"{where}: expected a whole number; got {value}")
     if isinstance(value, list) and not (option.multiple or isinstance(option.type, TokenIds)):
         raise ConfigError(f"{where}: expected {expected}; got a list")
