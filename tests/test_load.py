@@ -317,6 +317,19 @@ def test_a_gguf_file_of_which_something_would_be_left_out_is_refused(
             check_read_whole(model, file)
 
 
+def test_a_gguf_file_is_looked_at_when_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = tiny_model("llama"), tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("rope_freqs.weight", np.full(4, 2, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    report = {name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, report))
+    with pytest.raises(ModelError, match="does not read rope_freqs"):
+        load_base(str(file), dtype="float32")
+
+
 @pytest.mark.slow
 def test_the_demo_ends_a_turn_as_its_model_does() -> None:
     base = load_base("demo", dtype="float32")

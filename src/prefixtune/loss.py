@@ -67,23 +67,27 @@ class RowTokens:
         """The rows of a padded batch [B, T] without their padding, with the batch's aims where it has some.
 
         Raises:
-            DataError: a row's attention mask has a hole, or its positions restart: rows are not to be packed.
+            DataError: a row's attention mask has a hole, or its positions restart: it is several documents.
         """
         ids_of, labels_of = batch["input_ids"].cpu(), batch["labels"].cpu()
-        positions = batch.get("position_ids")
-        if positions is not None and bool((positions[..., 1:] < positions[..., :-1]).any()):
-            raise DataError(
-                "position_ids: they restart within a row of a training batch, which would be one document",
-                hint="give each document as a row (prefixtune.data.Collator): rows are packed afterwards",
-            )
         mask = batch.get("attention_mask", torch.ones_like(ids_of)).cpu() != 0
         aims = batch.get("aims") or [None] * len(mask)
+        positions_of = batch.get("position_ids", torch.arange(mask.shape[1]).expand_as(mask)).cpu()
+        if positions_of.dim() == 3:  # of several axes, which are alike for text
+            positions_of = positions_of[0]
         rows = []
-        for ids, labels, kept, aim in zip(ids_of, labels_of, mask, aims, strict=True):
+        for ids, labels, kept, aim, positions in zip(
+            ids_of, labels_of, mask, aims, positions_of, strict=True
+        ):
             places = kept.nonzero().flatten()
             if len(places) == 0 or int(places[-1] - places[0]) + 1 != len(places):
                 raise DataError("attention_mask: a row of a training batch is empty, or has a hole")
             span = slice(int(places[0]), int(places[-1]) + 1)
+            if bool((positions[span].diff() != 1).any()):
+                raise DataError(
+                    "position_ids: they jump or restart within a row of a training batch, one document",
+                    hint="give each document as a row (prefixtune.data.Collator): rows are packed afterwards",
+                )
             rows.append(cls(ids[span], labels[span], aim))
         return rows
 

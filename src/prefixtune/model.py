@@ -140,8 +140,9 @@ class PrefixModel(nn.Module):
         if cached:
             # A cache from before an optimizer step was computed behind another prefix. The numbers tell, and
             # not the parameters' versions: fused optimizers do not count them up.
-            made = [tensor.detach().double() for pair in pairs for tensor in pair]
-            name += str(torch.stack([tensor.square().sum() for tensor in made]).tolist())
+            made = [tensor.detach().float() for pair in pairs for tensor in pair]
+            sums = [each for tensor in made for each in (tensor.sum(), tensor.square().sum())]
+            name += str(torch.stack(sums).tolist())
         with attach_pairs(self.base_model, pairs, name=name):
             yield
 

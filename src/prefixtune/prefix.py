@@ -120,8 +120,8 @@ class PrefixKV:
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise ConfigError(f"input_ids: expected [1, P] with P > 0; got {list(input_ids.shape)}")
         whole: Any = base
-        known = len(whole.get_input_embeddings().weight)
-        wrong = [token for token in input_ids[0].tolist() if not 0 <= token < known]
+        known = getattr(whole.get_input_embeddings(), "num_embeddings", None)
+        wrong = [token for token in input_ids[0].tolist() if known and not 0 <= token < known]
         if wrong:
             raise ConfigError(f"input_ids: token {wrong[0]} is not one of the model's {known}")
         if getattr(base, "prefixtune_attached", False):

@@ -38,7 +38,7 @@ from transformers import DynamicCache
 
 from families import COMMON, MIXED, TOKENS, VOCAB, randomised, sized_config, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
-from prefixtune.attachment import attach
+from prefixtune.attachment import attach, session
 from prefixtune.errors import AttachError, ConfigError, PrefixTuneError, UnsupportedModelError
 from prefixtune.geometry import Geometry
 from prefixtune.prefix import LayerKV
@@ -409,6 +409,21 @@ def test_positions_that_count_pads_are_refused_in_each_precision(dtype: torch.dt
     config = hf.FuyuConfig(text_config={**text, "model_type": "persimmon"}, patch_size=4, **text)
     base = randomised(config, seed=seed, dtype=dtype)
     with pytest.raises(UnsupportedModelError, match="does not reproduce the text"):
+        PrefixModel(base, PrefixConfig(length=3))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_prefix_that_gives_no_numbers_in_one_row_is_refused(
+    row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, relative, seen = tiny_model("llama"), session._relative, []
+
+    def one_is_nan(*tensors: torch.Tensor) -> float:
+        seen.append(0)
+        return float("nan") if len(seen) == row + 1 else relative(*tensors)
+
+    monkeypatch.setattr(session, "_relative", one_is_nan)
+    with pytest.raises(UnsupportedModelError, match="nan"):
         PrefixModel(base, PrefixConfig(length=3))
 
 

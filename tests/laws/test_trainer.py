@@ -406,9 +406,13 @@ def test_tokens_of_each_process_by_themselves_are_refused(tmp_path: Path) -> Non
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0)
 
 
-def test_documents_in_one_row_are_refused_and_positions_of_one_are_not(tmp_path: Path) -> None:
-    batch = DataCollatorWithFlattening()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
-    with pytest.raises(DataError, match="position_ids: they restart"):
-        RowTokens.of_batch(batch)
+def test_documents_in_one_row_are_refused_and_positions_of_one_are_not() -> None:
+    for documents in ([[5, 6, 7], [8, 9]], [[5], [6], [7], [8], [9]]):
+        batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
+        with pytest.raises(DataError, match="position_ids: they jump or restart"):
+            RowTokens.of_batch(batch)
+    padded = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    counted = {**padded, "labels": padded["input_ids"], "position_ids": torch.tensor([[1, 1, 0, 1]])}
+    assert RowTokens.of_batch(counted)[0].input_ids.tolist() == [5, 6]
     (row,) = RowTokens.of_batch({**batch, "position_ids": torch.arange(5)[None]})
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9]

@@ -113,18 +113,19 @@ def _check_oracle(base: nn.Module) -> None:
 
     In 16 bits chance may send a token to another expert: then two more texts are tried.
     """
-    tries = 1 if is_exact(base) else 3
-    found = [_oracle_error(base, number) for number in range(tries)]
-    if not any(error <= allowed for error, allowed in found):
-        raise UnsupportedModelError(
-            f"{type(base).__name__}: a prefix does not reproduce the text it stands for "
-            f"(relative error of the logits {min(error for error, _ in found):.2g})",
-            hint="this architecture is refused rather than served inexactly; please report it",
-        )
+    for number in range(1 if is_exact(base) else 3):
+        errors, allowed = _oracle_errors(base, number)
+        if all(error <= allowed for error in errors):  # none of them is NaN then
+            return
+    raise UnsupportedModelError(
+        f"{type(base).__name__}: a prefix does not reproduce the text it stands for "
+        f"(relative error of the logits {', '.join(f'{error:.2g}' for error in errors)})",
+        hint="this architecture is refused rather than served inexactly; please report it",
+    )
 
 
 @torch.no_grad()
-def _oracle_error(base: nn.Module, number: int) -> tuple[float, float]:
+def _oracle_errors(base: nn.Module, number: int) -> tuple[tuple[float, float], float]:
     """How far the prefix made of A's KV, applied to B, is from the bare model on [A; B], and may be.
 
     One row has pads on its left. In 16 bits the measure is what the bare model's own cache makes of A and B.
@@ -142,12 +143,12 @@ def _oracle_error(base: nn.Module, number: int) -> tuple[float, float]:
         mask[1, :pads] = 0
         with attach(base, kv):
             found = base(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, -1].float()
-        error = max(_relative(found[0], whole), _relative(found[1], short))
+        errors = _relative(found[0], whole), _relative(found[1], short)
         if is_exact(base):
-            return error, 1e-3
+            return errors, 1e-3
         cache = base(input_ids=text, use_cache=True).past_key_values
         own = base(input_ids=rest, past_key_values=cache, use_cache=True).logits[0, -1].float()
-    return error, min(0.25, max(0.05, 8 * _relative(own, whole)))
+    return errors, min(0.25, max(0.05, 8 * _relative(own, whole)))
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
