@@ -637,6 +637,23 @@ def test_a_file_of_which_little_is_used_does_not_stay_in_memory(
         assert reading_bytes(empty, torch.bfloat16, device="cpu", files=files) > size
 
 
+@pytest.mark.parametrize("read", ["float32", "bfloat16"])
+def test_weights_that_torch_saved_are_counted_as_safetensors_are(tmp_path: Path, read: str) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    empty, safe = empty_model(str(tmp_path)), weight_files(str(tmp_path))
+    expected = reading_bytes(empty, getattr(torch, read), device="cpu", files=safe)
+    (path,) = safe
+    path.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert weight_files(str(tmp_path)) == [tmp_path / "pytorch_model.bin"]
+    found = reading_bytes(empty, getattr(torch, read), device="cpu", files=weight_files(str(tmp_path)))
+    assert found == pytest.approx(expected, rel=0.2)  # of a small model: torch's own table is in its file
+    assert (expected > reading_bytes(empty, getattr(torch, read), device="cpu", files=[])) == (
+        read == "bfloat16"
+    )
+
+
 def routed(dtype: torch.dtype) -> Any:
     """A mixture of experts as GLM-4.5 is stored: its router has a buffer, which is float32 in any case."""
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from families import tiny_model
 from prefixtune import PrefixModel
@@ -91,6 +93,21 @@ def test_resumed_run_has_the_same_text_and_ends_with_the_same_bits(place: Path, 
     assert read_info(tmp_path / "run")["sha256"] == whole
 
 
+def test_a_run_resumed_with_shorter_passes_has_its_longer_texts(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "run", "--retain", 1, "--save-steps", 4)
+    texts = (tmp_path / "run" / "retention.json").read_text()
+    longest = max(map(len, json.loads(texts)))
+    (tmp_path / "run" / "prefix.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    whole = load_file(tmp_path / "run" / "prefix.safetensors")
+    shorter = ["--retain", 1, "--save-steps", 4, "--resume", "--packing-length", 60]
+    assert longest > 60
+    train(place, tmp_path / "run", *shorter)
+    assert (tmp_path / "run" / "retention.json").read_text() == texts
+    for name, tensor in load_file(tmp_path / "run" / "prefix.safetensors").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-4)
+
+
 def test_sampling_is_estimated_where_texts_are_to_be_sampled_only(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,5 +150,5 @@ def test_divergence_is_logged_beside_the_loss(place: Path, tmp_path: Path) -> No
 
 
 def test_steps_go_through_the_texts_in_turn() -> None:
-    retention = Retention(rows=list("abcde"), weight=1.0, per_step=2)  # type: ignore[arg-type]
+    retention = Retention(rows=list("abcde"), passes=None, weight=1.0, per_step=2)  # type: ignore[arg-type]
     assert ["".join(retention.rows_of(step)) for step in range(4)] == ["ab", "cd", "ea", "bc"]  # type: ignore[arg-type]

@@ -800,10 +800,14 @@ def spoilt(place: Path) -> Path:
     """A run that is evaluated on other answers than it learns, so that it gets worse after its best step."""
     lines = (place / "eval.jsonl").read_text().replace("yes", "nos")
     (place / "other.jsonl").write_text(lines)
-    more = ["--length", 8, "--max-steps", 40, "--eval-steps", 4, "--eval-data", place / "other.jsonl"]
-    more += ["--learning-rate", 0.3, "--lr-scheduler-type", "constant"]
-    succeed(*options(place, place / "spoilt", *more, evaluates=False))
+    succeed(*spoiling(place, place / "spoilt"))
     return place / "spoilt"
+
+
+def spoiling(place: Path, output: Path) -> list[str]:
+    more = ["--length", 8, "--max-steps", 40, "--eval-steps", 4, "--eval-data", place / "other.jsonl"]
+    more += ["--learning-rate", 0.3, "--lr-scheduler-type", "constant", "--save-steps", 10]
+    return options(place, output, *more, evaluates=False)
 
 
 def loss_on_eval_rows(place: Path, prefix: Path | None, name: str = "eval.jsonl") -> float:
@@ -828,6 +832,33 @@ def test_kept_prefix_is_the_one_of_the_best_step(place: Path, spoilt: Path) -> N
     assert (record["best_step"], record["eval_loss"]) == best
     assert bits(spoilt) == bits(spoilt / "best")
     assert loss_on_eval_rows(place, spoilt, "other.jsonl") == pytest.approx(best[1], abs=1e-5)
+
+
+def test_a_resumed_run_has_the_best_prefix_of_its_checkpoint(
+    place: Path, spoilt: Path, easy: Path, tmp_path: Path
+) -> None:
+    """best/ may be of a later step, which the resumed run does not come to with the same numbers."""
+    run = Path(shutil.copytree(spoilt, tmp_path / "run"))
+    assert training_record(run)["best_step"] <= 30
+    (run / "prefix.json").unlink()
+    shutil.rmtree(run / "checkpoint-40")
+    shutil.rmtree(run / "best")
+    shutil.copytree(easy / "best", run / "best")
+    succeed(*spoiling(place, run), "--resume")
+    assert bits(run) == bits(run / "best") == bits(spoilt)
+
+
+def test_the_last_steps_are_logged_too(place: Path, tmp_path: Path) -> None:
+    more = ["--length", 2, "--max-steps", 7, "--logging-steps"]
+    for name, every in (("each", 1), ("three", 3)):
+        succeed(*options(place, tmp_path / name, *more, every, evaluates=False))
+    each = [loss for _, loss in logged(tmp_path / "each", "loss")]
+    told = logged(tmp_path / "three", "loss")
+    assert [step for step, _ in told] == [3, 6, 7]
+    means = [sum(each[:3]) / 3, sum(each[3:6]) / 3, each[6]]
+    assert [loss for _, loss in told] == pytest.approx(means, abs=1e-4)
+    # the last one alone would be of one step
+    assert training_record(tmp_path / "three")["train_loss"] == pytest.approx(sum(each[3:]) / 4, abs=1e-4)
 
 
 def test_last_step_is_evaluated_once(easy: Path, place: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""How a base model is recognised again: numbers sampled from its weights. Knows torch only."""
+"""How a base model is recognised again: numbers sampled from its weights and rotary. Knows torch only."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,24 +16,31 @@ __all__ = ["Fingerprint"]
 # The fingerprint has 48 values from each of six matrices, the embedding and others over the depth, and 4 from
 # each other parameter: a merged LoRA changes some kinds of layer alone, and norms and biases are tuned alone.
 SKETCH_TENSORS, SKETCH_VALUES, SKETCH_OTHERS = 6, 48, 4
+FREQUENCIES, FIRST = "inv_freq", "original_inv_freq"  # ends of names; the first are those before any change
+ROUNDING = 2**-7  # bfloat16's
+Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """A sketch of a model's weights: enough to refuse another model, loose enough for another precision.
+    """A sketch of a model: enough to refuse another one, loose enough for another precision.
 
     `values` holds sampled numbers of every parameter by its name, `dtype` their precision. Two loads of
     one checkpoint match; a fine-tuned copy does not, in the same precision even if it moved little, and even
-    if one kind of layer moved alone.
+    if one kind of layer moved alone. `rotary` holds the frequencies (and the attention's scale) of rotary
+    embeddings by their buffer's name: with others (`rope_theta`, YaRN) the same weights read the same cached
+    keys otherwise.
     """
 
-    values: dict[str, list[float]]
+    values: Samples
     dtype: str | None = None
+    rotary: Samples = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """A short name for people; equality is decided by `matches`."""
-        rounded = {name: [f"{value:.2e}" for value in values] for name, values in self.values.items()}
+        everything = {**self.values, **self.rotary}.items()
+        rounded = {name: [f"{value:.2e}" for value in values] for name, values in everything}
         return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -52,27 +59,62 @@ class Fingerprint:
         more = {weights[round(i * stride)][0] for i in range(SKETCH_TENSORS)}
         values = {}
         for name, weight in here:
-            flat, count = weight.detach().reshape(-1), SKETCH_VALUES if name in more else SKETCH_OTHERS
-            index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
-            values[name] = flat[index.to(flat.device)].float().cpu().tolist()
-        return cls(values=values, dtype=str(weights[0][1].dtype).removeprefix("torch."))
+            values[name] = _sampled(weight, SKETCH_VALUES if name in more else SKETCH_OTHERS)
+        dtype = str(weights[0][1].dtype).removeprefix("torch.")
+        return cls(values=values, dtype=dtype, rotary=_rotary(base))
 
     def matches(self, other: Fingerprint) -> bool:
-        """True where all that both sampled is equal, between precisions up to bfloat16's rounding."""
-        shared = self.values.keys() & other.values.keys()
-        rounding = 0.0 if self.dtype == other.dtype else 2**-7
-        for name in shared:
-            mine, theirs = torch.tensor(self.values[name]), torch.tensor(other.values[name])
-            if mine.shape != theirs.shape or not torch.allclose(
-                mine, theirs, rtol=rounding, atol=rounding * 1e-5
-            ):
-                return False
-        return bool(shared)
+        """True where nothing differs."""
+        return self.difference(other) is None
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """What is not the same: of all that both sampled, between precisions up to bfloat16's rounding."""
+        rounding = 0.0 if self.dtype == other.dtype else ROUNDING
+        if not self.values.keys() & other.values.keys():  # all on a disk, or of other names
+            return "no weights in memory to know it by"
+        if not _alike(self.values, other.values, rounding):
+            return "other weights"
+        if not _alike(self.rotary, other.rotary, ROUNDING):  # which a cast of the model rounds
+            return "another rotary embedding (rope_parameters in its configuration)"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "values": self.values}
+        return {"dtype": self.dtype, "values": self.values, "rotary": self.rotary}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fingerprint:
-        values = {str(name): [float(x) for x in sampled] for name, sampled in record["values"].items()}
-        return cls(values=values, dtype=record["dtype"])
+        values, rotary = (
+            {str(name): [float(x) for x in sampled] for name, sampled in samples.items()}
+            for samples in (record["values"], record.get("rotary") or {})  # earlier folders have none
+        )
+        return cls(values=values, dtype=record["dtype"], rotary=rotary)
+
+
+def _sampled(tensor: torch.Tensor, count: int) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).round().long()
+    sampled: list[float] = flat[index.to(flat.device)].float().cpu().tolist()
+    return sampled
+
+
+def _rotary(base: nn.Module) -> Samples:
+    """The frequencies that short passes have, whatever longer ones there were."""
+    found = {}
+    for place, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith(FIRST) or not name.endswith(FREQUENCIES):
+                continue
+            kind = name.removesuffix(FREQUENCIES)  # where the layers' kinds have frequencies of their own
+            first = getattr(module, f"{kind}{FIRST}", buffer)
+            if not first.is_meta:
+                scale = float(getattr(module, f"{kind}attention_scaling", 1.0))
+                found[f"{place}.{name}"] = [*_sampled(first, min(first.numel(), SKETCH_VALUES)), scale]
+    return found
+
+
+def _alike(mine: Samples, theirs: Samples, rounding: float) -> bool:
+    for name in mine.keys() & theirs.keys():
+        one, other = torch.tensor(mine[name]), torch.tensor(theirs[name])
+        if one.shape != other.shape or not torch.allclose(one, other, rtol=rounding, atol=rounding * 1e-5):
+            return False
+    return True

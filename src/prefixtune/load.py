@@ -29,6 +29,7 @@ __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placemen
 
 HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
 # without one of these transformers makes up an empty tokenizer for some model types
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the first; consolidated.safetensors is none
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -169,8 +170,9 @@ def weight_files(name: str) -> list[Path]:
 def _weight_files(source: _Source) -> list[Path]:
     if source.on_hub:
         return []
-    pattern = source.gguf_file or "model*.safetensors"  # a folder may hold consolidated.safetensors too
-    return sorted(Path(source.path).glob(pattern))
+    patterns = [source.gguf_file] if source.gguf_file else WEIGHT_FILES
+    found = (sorted(Path(source.path).glob(pattern)) for pattern in patterns)
+    return next(filter(None, found), [])
 
 
 def _find(name: str) -> _Source:
@@ -182,12 +184,7 @@ def _find(name: str) -> _Source:
     if path.exists():
         name = str(path.absolute())  # what prefix folders record must hold in other folders too
         return _folder(name, path) if path.is_dir() else _file(name, path)
-    if (
-        path.suffix == ".gguf"
-        or name.startswith(("/", ".", "~"))
-        or name.endswith("/")
-        or name.count("/") > 1
-    ):
+    if name.startswith(("/", ".", "~")) or name.endswith(("/", ".gguf")) or name.count("/") > 1:
         raise ModelError(f"{name}: there is no such folder or file")
     return _hub(name)
 

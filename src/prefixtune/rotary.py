@@ -7,7 +7,7 @@ a set of its own. So a row that shares a pass with a longer one may get factors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,15 @@ def rotary_change(config: Any) -> RotaryChange | None:
         return None
     whole = config.max_position_embeddings
     return RotaryChange(
-        after=min(kind.get("original_max_position_embeddings") or whole for kind in changing),
+        after=min(_short(kind, whole) for kind in changing),
         by_length=any(kind["rope_type"] == "dynamic" for kind in changing),
     )
+
+
+def _short(kind: Mapping[str, Any], whole: int) -> int:
+    """Positions that a kind's first factors are for; dynamic scaling knows no others than the model's own."""
+    first = kind.get("original_max_position_embeddings") if kind["rope_type"] == "longrope" else None
+    return first or whole
 
 
 def alike(model: Any, lengths: Sequence[int], *, new: int = 0) -> list[list[int]]:

@@ -32,6 +32,7 @@ from prefixtune.errors import PrefixTuneError, StorageError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.geometry import Geometry, LayerGeometry
 from prefixtune.prefix import LayerKV, PrefixKV
+from prefixtune.progress import note
 
 __all__ = ["SCHEMA", "StoredPrefix", "check_base", "load_prefix", "read_info", "save_prefix", "write_folder"]
 
@@ -85,6 +86,8 @@ def save_prefix(
         extra: entries of prefix.json: template, training record, quantisation of the base.
     """
     target = Path(folder)
+    if not all(bool(tensor.isfinite().all()) for layer in kv.layers for tensor in (layer.key, layer.value)):
+        note(f"{target}: saved, but the prefix has numbers that are not finite: its training diverged")
     tensors = {}
     for index, layer in enumerate(kv.layers):
         tensors[f"layers.{index}.key"] = layer.key.detach().cpu().contiguous()
@@ -218,10 +221,11 @@ def check_base(stored: StoredPrefix, *, geometry: Geometry, fingerprint: Fingerp
             f"the prefix was trained on {trained_on}, which has another KV cache than {name}: {difference}",
             hint=f"load it on {trained_on}",
         )
-    if not stored.fingerprint.matches(fingerprint):
+    other = stored.fingerprint.difference(fingerprint)
+    if other is not None:
         raise StorageError(
-            f"the prefix was trained on {trained_on}; {name} has the same shapes but other weights",
-            hint=f"load it on {trained_on}; a prefix is exact on the weights that it was trained with only",
+            f"the prefix was trained on {trained_on}; {name} has the same shapes but {other}",
+            hint=f"load it on {trained_on}; a prefix is exact on the model that it was trained with only",
         )
 
 

@@ -17,9 +17,13 @@ Tensors = set[tuple[tuple[int, ...], torch.dtype | None]]
 
 
 def stored_tensors(files: Sequence[Path]) -> Tensors:
-    """Shape and precision of each tensor in safetensors files; a precision without arithmetic is None."""
+    """Shape and precision of each tensor in such files; a precision without arithmetic is None."""
     found: Tensors = set()
     for file in files:
+        if file.suffix == ".bin":
+            stored = torch.load(file, map_location="meta", weights_only=True)
+            found |= {(tuple(tensor.shape), tensor.dtype) for tensor in stored.values()}
+            continue
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             for name in names:
@@ -49,7 +53,7 @@ def let_go_of(model: nn.Module, files: Sequence[Path]) -> None:
     A file stays in memory as a whole while one tensor of it is used, be it a router's buffer. Nothing is
     done where nearly all tensors are used as they are.
     """
-    if not files or any(file.suffix != ".safetensors" for file in files):
+    if not files or any(file.suffix == ".gguf" for file in files):
         return
     stored = stored_tensors(files)
     if made_anew(model, stored) <= LITTLE:

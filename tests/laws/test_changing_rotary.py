@@ -29,6 +29,7 @@ from prefixtune.generate import generate_ids, sampling
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes, RowTokens
+from prefixtune.rotary import RotaryChange, rotary_change
 from tokenizers_for_tests import byte_tokenizer
 
 LIMIT = 40  # positions up to which the factors are the first ones
@@ -192,6 +193,14 @@ def test_what_fills_a_pack_takes_no_position_beyond_the_rows(family: str) -> Non
     assert found == pytest.approx(
         float(F.cross_entropy(whole, row[0].input_ids[1:], reduction="sum")), rel=1e-5
     )
+
+
+def test_dynamic_factors_change_beyond_the_models_positions_whatever_its_first_ones_were() -> None:
+    config = fresh("dynamic").config
+    config.rope_parameters["original_max_position_embeddings"] = LIMIT // 2
+    base, text = randomised(config), tokens(LIMIT, seed=3)
+    assert rotary_change(config) == RotaryChange(after=LIMIT, by_length=True)
+    assert_close(logits(base, text[:, : LIMIT // 2]), logits(base, text)[:, : LIMIT // 2])
 
 
 def test_pass_with_a_prefix_does_not_see_what_a_longer_one_left() -> None:

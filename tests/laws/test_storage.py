@@ -180,6 +180,54 @@ def test_whichever_weight_of_a_base_changed_it_is_another(family: str) -> None:
     assert before.matches(Fingerprint.of(tiny_model(family)))
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500_000.0},
+        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_base_that_turns_its_keys_otherwise_is_refused(folder: Path, rope: dict[str, Any]) -> None:
+    """The weights are the same: rope_parameters of the configuration are not among them."""
+    base = tiny_model("llama", rope_parameters=rope)
+    assert Fingerprint.of(base).values == Fingerprint.of(tiny_model("llama")).values
+    with pytest.raises(StorageError, match="same shapes but another rotary embedding"):
+        load(folder, base)
+    info = json.loads((folder / "prefix.json").read_text())
+    del info["fingerprint"]["rotary"]  # a folder of an earlier version
+    (folder / "prefix.json").write_text(json.dumps(info))
+    load(folder, base)
+
+
+def test_rotary_that_a_long_pass_changed_or_a_cast_rounded_is_the_same() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    base = tiny_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    before = Fingerprint.of(base)
+    base(torch.ones(1, 40, dtype=torch.long))
+    assert Fingerprint.of(base) == before
+    base.to(torch.bfloat16)
+    assert base.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    assert Fingerprint.of(base).matches(before)
+
+
+def test_base_without_a_weight_in_memory_is_refused_for_that(folder: Path) -> None:
+    base = tiny_model("llama")
+    stored, geometry, nothing = load_prefix(folder), Geometry.probe(base), Fingerprint.of(base.to("meta"))
+    with pytest.raises(StorageError, match="same shapes but no weights in memory"):
+        check_base(stored, geometry=geometry, fingerprint=nothing, name="me")
+
+
+def test_saving_what_is_not_finite_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = PrefixModel(tiny_model("llama"), PrefixConfig(length=2))
+    model.save_pretrained(tmp_path / "finite")
+    assert capsys.readouterr().err == ""
+    next(model.prefix.parameters()).data[..., 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    assert "nan: saved, but the prefix has numbers that are not finite" in capsys.readouterr().err
+
+
 def test_base_with_weights_on_a_disk_is_known_by_the_others() -> None:
     base = tiny_model("llama")
     whole, last = Fingerprint.of(base), base.model.layers[-1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from oracle import A, without_dropout
 from safetensors import safe_open
 from torch import Tensor
@@ -396,6 +397,21 @@ class Elsewhere(Tensor):
         assert not plain, f"{func.__name__} of tensors on two devices"
         found = super().__torch_function__(func, types, args, kwargs)
         return found.as_subclass(Tensor) if func is Tensor.cpu else found
+
+
+def test_rows_are_evaluated_as_the_collator_makes_them(tmp_path: Path) -> None:
+    """One that decides what is a target does so in training and in evaluation."""
+    bare = [{"input_ids": list(row.input_ids), "targets": row.target_tokens} for row in rows()]
+
+    def collated(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        made = [{"input_ids": row["input_ids"], "labels": [-100] * 3 + row["input_ids"][3:]} for row in batch]
+        return Collator(0)(made)
+
+    ours = trainer("ours", fresh("llama"), tmp_path)
+    expected = ours.evaluate(rows())["eval_loss"]
+    ours.data_collator = collated
+    assert ours.evaluate(bare)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert ours.evaluate(Dataset.from_list(bare))["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_tokens_of_each_process_by_themselves_are_refused(tmp_path: Path) -> None:

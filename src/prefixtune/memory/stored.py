@@ -24,11 +24,11 @@ def loading_bytes(
 ) -> int:
     """Bytes at the peak of loading the `weights` bytes of `base` in `dtype`, mapped files included.
 
-    A safetensors file is mapped. In its own precision its pages are the weights; in another one, and where
-    tensors are merged, file and weights are resident when the last tensor is converted. A .gguf file is
-    mapped, and its tensors are dequantised to float32 one by one: `largest` is the number of values in the
-    largest. `packed` are the bytes of what is quantised then: it grows beside a file that is mapped, and in
-    place of weights that are not.
+    A safetensors or pytorch_model.bin file is mapped. In its own precision its pages are the weights; in
+    another one, and where tensors are merged, file and weights are resident when the last tensor is
+    converted. A .gguf file is mapped, and its tensors are dequantised to float32 one by one: `largest` is the
+    number of values in the largest. `packed` are the bytes of what is quantised then: it grows beside a file
+    that is mapped, and in place of weights that are not.
     """
     stored = sum(file.stat().st_size for file in files)
     if any(file.suffix == ".gguf" for file in files):

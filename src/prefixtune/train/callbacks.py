@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prefixtune.progress import note
+from prefixtune.storage import write_folder
 from prefixtune.train.folder import METRICS
 
-__all__ = ["Epoch", "KeepBest", "Metrics", "Progress"]
+__all__ = ["BEST", "Epoch", "KeepBest", "Metrics", "Progress", "restore_best"]
+
+BEST = "best"
 
 
 class Epoch(TrainerCallback):  # type: ignore[misc]
@@ -32,7 +36,7 @@ class Epoch(TrainerCallback):  # type: ignore[misc]
 
 
 class KeepBest(TrainerCallback):  # type: ignore[misc]
-    """Keeps the prefix with the lowest evaluation loss in best/; its step travels with the checkpoints."""
+    """Keeps the prefix with the lowest evaluation loss in best/; the checkpoints have it and its step too."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -49,7 +53,25 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
             return
         state.best_metric, state.best_global_step = loss, state.global_step
         if state.is_world_process_zero:
-            model.save_pretrained(self.output / "best")
+            model.save_pretrained(self.output / BEST)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero and state.best_metric is not None and (self.output / BEST).is_dir():
+            _copy(self.output / BEST, self.output / f"checkpoint-{state.global_step}" / BEST)
+
+
+def restore_best(output: Path, checkpoint: Path) -> None:
+    """Bring the best prefix back to what it was at a checkpoint: a run that was killed may have gone further.
+
+    A checkpoint without one is the last thing that its run did, or has had no evaluation.
+    """
+    if (checkpoint / BEST).is_dir():
+        _copy(checkpoint / BEST, output / BEST)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    with write_folder(target) as draft:
+        shutil.copytree(folder, draft, dirs_exist_ok=True)
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
@@ -85,6 +107,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.last = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps  # the last steps too
         self.advance(state.global_step - self.last)
         self.last = state.global_step
         if self.accelerator.num_processes > 1:  # all stop after one step, whichever saw the signal

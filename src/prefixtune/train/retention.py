@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,30 @@ class Retention:
 
     Attributes:
         rows: each with aims.
+        passes: how they run through the model.
         weight: of the divergence (nats per token) beside the loss (nats per target token).
         per_step: rows of an optimizer step.
     """
 
     rows: Sequence[RowTokens]
+    passes: Passes
     weight: float
     per_step: int = PER_STEP
     totals: list[tuple[float, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, passes: Passes, texts: Sequence[Sequence[int]], *, weight: float) -> Retention:
-        """The texts as rows that aim at the bare model of the passes."""
+        """The texts as rows that aim at the bare model of the passes.
+
+        A run that is resumed with shorter passes has its longer texts still, in passes that hold them.
+        """
+        longest = max(len(ids) for ids in texts)
+        passes = replace(passes, capacity=max(passes.capacity, longest))
         rows = [RowTokens(torch.tensor(ids), torch.tensor(ids)) for ids in texts]
         with quiet_eval(passes.base):
             aims = passes.aims(rows)
         aimed = [RowTokens(row.input_ids, row.labels, aim) for row, aim in zip(rows, aims, strict=True)]
-        return cls(rows=aimed, weight=weight)
+        return cls(rows=aimed, passes=passes, weight=weight)
 
     def rows_of(self, step: int) -> list[RowTokens]:
         """A step's rows: one after the other, from the first again after the last."""

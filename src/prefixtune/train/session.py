@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from prefixtune.memory import Estimate, explain_full_memory, measured_peak, read
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.build import add_retention, make_trainer
+from prefixtune.train.callbacks import BEST
 from prefixtune.train.defaults import (
     check_lengths,
     check_options,
@@ -62,8 +64,9 @@ __all__ = ["TrainResult", "train", "train_examples"]
 class TrainResult:
     """What a finished run reports. Losses are nats per target token on the evaluation rows.
 
-    `peak_bytes` is the process's peak, resident on the CPU and allocated on CUDA; `estimated_peak_bytes` is
-    what was predicted for it before the training.
+    `train_loss` is on the training rows, the mean over the last `logging_steps` steps. `peak_bytes` is the
+    process's peak, resident on the CPU and allocated on CUDA; `estimated_peak_bytes` is what was predicted
+    for it before the training.
     """
 
     output: str
@@ -342,13 +345,12 @@ def _finish(
             f"{output}: the training diverged: the prefix or its loss is no longer finite",
             hint=f"begin another run with a --learning-rate below {learning_rate:g}",
         )
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = TrainResult(
         output=str(output),
         steps=trainer.state.global_step,
         train_rows=sum(example.part == 0 for example in trainer.train_dataset),
         target_tokens=sum(example.target_tokens for example in trainer.train_dataset),
-        train_loss=losses[-1] if losses else None,
+        train_loss=_last_loss(trainer.state.log_history, trainer.args.logging_steps),
         base_loss=base_loss,
         eval_loss=eval_loss,
         best_step=best_step,
@@ -361,7 +363,7 @@ def _finish(
         peak_bytes=measured_peak(str(base.model.device)),
     )
     if best_step is not None and best_step != trainer.state.global_step:
-        best = PrefixModel.from_pretrained(base.model, output / "best", is_trainable=True)
+        best = PrefixModel.from_pretrained(base.model, output / BEST, is_trainable=True)
         model.prefix.load_state_dict(best.prefix.state_dict())
     model.record["training"] = {
         k: v for k, v in result.to_dict().items() if k not in ("output", "prefix_file_bytes")
@@ -371,3 +373,14 @@ def _finish(
             model.save_pretrained(output)
     size = (output / "prefix.safetensors").stat().st_size
     return dataclasses.replace(result, prefix_file_bytes=size)
+
+
+def _last_loss(history: Sequence[Mapping[str, Any]], steps: int) -> float | None:
+    """The mean over the last `steps` steps at least: what is logged is the mean since the log before."""
+    logged = [(0, 0.0), *((entry["step"], entry["loss"]) for entry in history if "loss" in entry)]
+    total = covered = 0.0
+    for (before, _), (step, loss) in reversed(list(pairwise(logged))):
+        total, covered = total + loss * (step - before), covered + step - before
+        if covered >= steps:
+            break
+    return total / covered if covered else None

@@ -11,17 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from prefixtune.config import TrainConfig
-from prefixtune.data import as_example
+from prefixtune.data import Collator, Example, as_example
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
-from prefixtune.train.callbacks import Epoch, Metrics, Progress
+from prefixtune.train.callbacks import Epoch, Metrics, Progress, restore_best
 from prefixtune.train.clock import Clock
 from prefixtune.train.defaults import warmup_steps_for
 from prefixtune.train.folder import cut_metrics
@@ -181,8 +190,9 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         processes = self.accelerator.num_processes
         rows = self.retention.rows_of(self.state.global_step * processes + self.accelerator.process_index)
         tokens, total = sum(len(row.input_ids) - 1 for row in rows), 0.0
-        for group in self.passes.plan(rows):
-            with self.passes.loss([rows[row] for row in group], step.leaves) as divergence:
+        passes = self.retention.passes
+        for group in passes.plan(rows):
+            with passes.loss([rows[row] for row in group], step.leaves) as divergence:
                 weighted = self.retention.weight * divergence / (tokens * processes)
                 weighted.backward()  # type: ignore[no-untyped-call]
             total += float(divergence.detach())
@@ -192,6 +202,28 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         if self.retention is not None and "loss" in logs:
             logs = {**logs, "divergence": self.retention.mean()}
         super().log(logs, *args, **kwargs)
+
+    def _examples(self, rows: Any) -> list[Example]:
+        """Evaluation rows as training reads its own: a collator may decide what is a target."""
+        collator = self.data_collator
+        if collator is default_data_collator or isinstance(collator, (Collator, DataCollatorWithPadding)):
+            return [as_example(row) for row in rows]
+        batches = DataLoader(
+            self._remove_unused_columns(rows, "evaluation") if isinstance(rows, datasets.Dataset) else rows,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(collator, "evaluation"),
+        )
+        return [
+            Example(
+                input_ids=tuple(row.input_ids.tolist()),
+                labels=tuple(row.labels.tolist()),
+                origin="",
+                truncated=0,
+                aims=row.aims,
+            )
+            for batch in batches
+            for row in RowTokens.of_batch(batch)
+        ]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -206,7 +238,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model)
         loss, tokens = target_loss(
             model,
-            [as_example(row) for row in rows],
+            self._examples(rows),
             pad_token_id=self.passes.pad_token_id,
             capacity=self.passes.capacity,
             packing=self.passes.packing,
@@ -299,6 +331,8 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
         note(f"resuming from {checkpoint}")
     if trainer.is_world_process_zero():
         cut_metrics(output, kept.global_step if kept else 0)
+        if checkpoint:
+            restore_best(output, checkpoint)
     stop = threading.Event()
     clock = Clock(checkpoint)
     trainer.add_callback(Metrics(output))

@@ -148,7 +148,8 @@ def _model_argument(source: str) -> str | None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source  # the hub's
-    return str(folder.absolute()) if weight_files(source) else None
+    files = weight_files(source)
+    return str(folder.absolute()) if files and files[0].suffix == ".safetensors" else None
 
 
 def _check_same(output: Path, record: Mapping[str, Any]) -> None:
