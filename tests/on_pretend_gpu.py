@@ -30,7 +30,7 @@ from prefixtune.loss import Passes
 from prefixtune.quantize import quantize_base
 from prefixtune.serve.engine import Engine
 from prefixtune.serve.selftest import check_batches
-from prefixtune.train import trainer_for
+from prefixtune.train import build, trainer_for
 from pretend_gpu import GPU, IS_REAL, moved, on_gpu
 from tokenizers_for_tests import byte_tokenizer
 
@@ -83,7 +83,8 @@ def trained(
 ) -> PrefixModel:
     loaded = LoadedBase(model=base, tokenizer=TOKENIZER, name="tiny", dtype_reason="")
     device = next(base.parameters()).device
-    with trainer_on(device):
+    with trainer_on(device), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "TOKENS", 12)  # of neutral text: few of the device's slow steps
         config = TrainConfig(max_steps=3, seed=3, retain=retain, report_to="none")
         trainer, _ = trainer_for(loaded, examples, prefix_options=options, config=config, output=output)
         trainer.accelerator.state.device = device  # where the rows go

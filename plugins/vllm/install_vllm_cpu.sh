@@ -27,4 +27,4 @@ PY
 "$folder/bin/pip" install -q -r "$folder/requirements.txt"
 # nothing that vLLM has chosen may change; requirements.txt cannot say so, since constraints have no extras
 "$folder/bin/pip" freeze > "$folder/constraints.txt"
-"$folder/bin/pip" install -q -c "$folder/constraints.txt" -e "$here/../.." -e "$here" pytest
+"$folder/bin/pip" install -q -c "$folder/constraints.txt" -e "$here/../.." -e "$here" pytest pytest-xdist
