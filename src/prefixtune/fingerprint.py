@@ -71,7 +71,7 @@ class Fingerprint:
         """What is not the same: of all that both sampled, between precisions up to bfloat16's rounding."""
         rounding = 0.0 if self.dtype == other.dtype else ROUNDING
         if not self.values.keys() & other.values.keys():  # all on a disk, or of other names
-            return "no weights in memory to know it by"
+            return "no weight in memory, under the same name, to know it by"
         if not _alike(self.values, other.values, rounding):
             return "other weights"
         if not _alike(self.rotary, other.rotary, ROUNDING):  # which a cast of the model rounds

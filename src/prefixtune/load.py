@@ -28,8 +28,8 @@ from prefixtune.weights import let_go_of
 __all__ = ["LoadedBase", "empty_model", "load_base", "load_tokenizer", "placement", "weight_files"]
 
 HUB_TIMEOUT = 10  # seconds; transformers alone retries for 46 s before it says that there is no network
-# without one of these transformers makes up an empty tokenizer for some model types
 WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # the first; consolidated.safetensors is none
+# without one of these transformers makes up an empty tokenizer for some model types
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 

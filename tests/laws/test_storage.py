@@ -215,7 +215,7 @@ def test_rotary_that_a_long_pass_changed_or_a_cast_rounded_is_the_same() -> None
 def test_base_without_a_weight_in_memory_is_refused_for_that(folder: Path) -> None:
     base = tiny_model("llama")
     stored, geometry, nothing = load_prefix(folder), Geometry.probe(base), Fingerprint.of(base.to("meta"))
-    with pytest.raises(StorageError, match="same shapes but no weights in memory"):
+    with pytest.raises(StorageError, match="same shapes but no weight in memory"):
         check_base(stored, geometry=geometry, fingerprint=nothing, name="me")
 
 

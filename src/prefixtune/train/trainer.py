@@ -333,6 +333,7 @@ def run(trainer: PrefixTrainer, output: Path, *, steps: int, checkpoint: Path | 
         cut_metrics(output, kept.global_step if kept else 0)
         if checkpoint:
             restore_best(output, checkpoint)
+    trainer.accelerator.wait_for_everyone()  # what the first one restores is read by all
     stop = threading.Event()
     clock = Clock(checkpoint)
     trainer.add_callback(Metrics(output))
