@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -313,7 +314,7 @@ def test_help_answers_in_three_tenths_of_a_second() -> None:
         start = time.perf_counter()
         python("from prefixtune.cli import main; main()", "--help")
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3, seconds  # what else the machine does only adds to it
+    assert statistics.median(seconds) < 0.3, seconds
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["train", "--help"], ["data", "show", "--help"]])

@@ -654,6 +654,20 @@ def test_weights_that_torch_saved_are_counted_as_safetensors_are(tmp_path: Path,
     )
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_damaged_are_told_with_their_file(tmp_path: Path, name: str) -> None:
+    base = tiny_model("llama", vocab_size=len(byte_tokenizer()))
+    base.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(base.state_dict(), tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:3000])
+    told = call("estimate", "--model", tmp_path)
+    assert told.exit_code == 1
+    assert f"{name}: its weights cannot be read" in told.stderr
+    assert "internal error" not in told.stderr
+
+
 def routed(dtype: torch.dtype) -> Any:
     """A mixture of experts as GLM-4.5 is stored: its router has a buffer, which is float32 in any case."""
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}

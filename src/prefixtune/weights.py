@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from prefixtune.errors import ModelError
+
 __all__ = ["let_go_of", "made_anew", "stored_tensors"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -17,19 +19,34 @@ Tensors = set[tuple[tuple[int, ...], torch.dtype | None]]
 
 
 def stored_tensors(files: Sequence[Path]) -> Tensors:
-    """Shape and precision of each tensor in such files; a precision without arithmetic is None."""
+    """Shape and precision of each tensor in safetensors and pytorch_model.bin files.
+
+    A precision without arithmetic is None.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
     found: Tensors = set()
     for file in files:
-        if file.suffix == ".bin":
-            stored = torch.load(file, map_location="meta", weights_only=True)
-            found |= {(tuple(tensor.shape), tensor.dtype) for tensor in stored.values()}
-            continue
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            for name in names:
-                part = tensors.get_slice(name)
-                found.add((tuple(part.get_shape()), DTYPES.get(part.get_dtype())))
+        try:
+            found |= _torch_tensors(file) if file.suffix == ".bin" else _safe_tensors(file)
+        except Exception as error:  # OSError, SafetensorError, UnpicklingError, …: each reader has its own
+            raise ModelError(
+                f"{file}: its weights cannot be read: {error}", hint="fetch or save the model again"
+            ) from error
     return found
+
+
+def _safe_tensors(file: Path) -> Tensors:
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        parts = [tensors.get_slice(name) for name in names]
+        return {(tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for part in parts}
+
+
+def _torch_tensors(file: Path) -> Tensors:
+    stored = torch.load(file, map_location="meta", weights_only=True)
+    return {(tuple(tensor.shape), tensor.dtype) for tensor in stored.values()}
 
 
 def made_anew(model: nn.Module, stored: Tensors, dtype: torch.dtype | None = None) -> float:
