@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefixtune.attachment.documents import Layout, attend_documents
 from prefixtune.attachment.forward import refuse_positions
 from prefixtune.attachment.head import decoder_of, last_hidden
+from prefixtune.attachment.lean import lean
 from prefixtune.attachment.session import attach_pairs
 from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, has_values, is_exact, meta_ready, quiet_eval, text_config
@@ -93,7 +94,7 @@ def packed(
 
     base.prefixtune_attached = True  # type: ignore[assignment]
     try:
-        with attending(attention_configs(base), NAME, _ACTIVE, pack), _compiled(base):
+        with attending(attention_configs(base), NAME, _ACTIVE, pack), _quicker(base):
             yield hidden
     finally:
         del base.prefixtune_attached
@@ -193,6 +194,10 @@ def compile_layers(base: nn.Module) -> None:
             layer.compile(dynamic=True)
             _COMPILED[base].append((layer, layer._compiled_call_impl))
             layer._compiled_call_impl = None
+
+
+def _quicker(base: nn.Module) -> AbstractContextManager[None]:
+    return _compiled(base) if base in _COMPILED else lean(decoder_of(base))
 
 
 @contextmanager

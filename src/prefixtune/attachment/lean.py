@@ -1,0 +1,172 @@
+"""Norms, gated MLPs and rotary embeddings of a frozen decoder, in fewer sweeps over memory.
+
+Autograd keeps what each operation between two matmuls needs: a float32 copy of every norm's input, three
+tensors of the MLP's size. Here each of these parts is one step of autograd, which keeps its input alone, in
+the model's precision. A module takes part where its forward, or the function that turns its queries and keys,
+is Llama's bytecode for bytecode, as in most families; any other runs as it always does.
+
+Axes: T tokens, d hidden size, f MLP size, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama as llama
+
+__all__ = ["lean"]
+
+ROTARY, HALF = "apply_rotary_pos_emb", "rotate_half"
+Part = tuple[nn.Module, Callable[..., Any]]  # with the forward that it has meanwhile
+_PARTS: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
+
+
+@contextmanager
+def lean(decoder: nn.Module) -> Iterator[None]:
+    """Within the block the decoder's parts run as described above.
+
+    Not in float64: a norm is float32 within all the same, and would round otherwise than Llama's.
+    """
+    if decoder not in _PARTS:
+        _PARTS[decoder] = _parts(decoder)
+    taken = [(module, forward) for module, forward in _PARTS[decoder] if _may(module)]
+    for module, forward in taken:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, _ in taken:
+            del vars(module)["forward"]
+
+
+def _may(module: nn.Module) -> bool:
+    """Frozen, not in float64, and nobody (accelerate's hooks, say) has given it a forward of its own."""
+    own = "forward" in vars(module)
+    return not own and not any(w.requires_grad or w.dtype == torch.float64 for w in module.parameters())
+
+
+def _parts(decoder: nn.Module) -> list[Part]:
+    found: list[Part] = []
+    for module in decoder.modules():
+        forward: Any = type(module).forward
+        if _alike(forward, llama.LlamaRMSNorm.forward):
+            found.append((module, partial(_normed, module)))
+        elif _alike(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+            found.append((module, partial(_gated, module)))
+        elif _turns_as_llama(forward):
+            names = {**forward.__globals__, ROTARY: _turned}
+            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            found.append((module, MethodType(own, module)))
+    return found
+
+
+def _turns_as_llama(forward: Any) -> bool:
+    if not inspect.isfunction(forward) or forward.__closure__ or ROTARY not in forward.__code__.co_names:
+        return False
+    turn = forward.__globals__.get(ROTARY)
+    half = getattr(turn, "__globals__", {}).get(HALF)
+    return _alike(turn, llama.apply_rotary_pos_emb) and _alike(half, llama.rotate_half)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two functions do the same, whatever their docstrings say and wherever they are defined."""
+    if not inspect.isfunction(one) or not inspect.isfunction(other):
+        return False
+    said = [_said(function) for function in (one, other)]
+    return said[0] == said[1]
+
+
+def _said(function: FunctionType) -> tuple[Any, ...]:
+    code = function.__code__
+    constants = [constant for constant in code.co_consts if not isinstance(constant, str)]
+    return code.co_code, code.co_names, code.co_varnames, constants, function.__defaults__
+
+
+def _normed(module: Any, hidden: Tensor) -> Tensor:
+    out: Tensor = _Norm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _gated(module: Any, hidden: Tensor) -> Tensor:
+    inner: Tensor = _Gated.apply(module.gate_proj(hidden), module.up_proj(hidden))  # type: ignore[no-untyped-call]
+    out: Tensor = module.down_proj(inner)
+    return out
+
+
+def _turned(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
+
+
+class _Norm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps), float32 within (Zhang & Sennrich 2019); x [..., d]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = scale.div_(hidden.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(hidden, scale, weight)
+        out: Tensor = weight * (wide * scale).to(hidden.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        hidden, scale, weight = ctx.saved_tensors
+        wide = hidden.float()
+        by_normed = (gradient * weight).to(hidden.dtype).float()
+        along = (by_normed * wide).sum(-1, keepdim=True)
+        along = along.mul_(scale).mul_(scale).mul_(scale).div_(-hidden.shape[-1])
+        return (by_normed * scale).addcmul_(wide, along).to(hidden.dtype), None, None
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, [..., f] each (Shazeer 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return by_gate, F.silu(gate).mul_(gradient)
+
+
+class _Rotary(torch.autograd.Function):
+    """x * cos + (-x's second half, x's first half) * sin (Su et al. 2021); x [B, H, T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (one, two), (sin_one, sin_two) = x.chunk(2, -1), sin.chunk(2, -1)
+        out = x * cos
+        first, second = out.chunk(2, -1)
+        first.addcmul_(two, sin_one, value=-1)
+        second.addcmul_(one, sin_two)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        (one, two), (sin_one, sin_two) = gradient.chunk(2, -1), sin.chunk(2, -1)
+        out = gradient * cos
+        first, second = out.chunk(2, -1)
+        first.addcmul_(two, sin_two)
+        second.addcmul_(one, sin_one, value=-1)
+        return out, None, None

@@ -1,0 +1,112 @@
+"""A frozen decoder's parts in fewer sweeps are the model's own; training's loss runs through them too."""
+
+import pytest
+import torch
+from torch import nn
+
+from families import EXTRA, FAMILIES, tiny_model
+from prefixtune.attachment.head import decoder_of
+from prefixtune.attachment.lean import lean
+
+LLAMA = ("llama", "qwen2", "qwen3", "mistral-sliding", "llama-yarn", "llama-llama3")
+
+
+def own_forwards(decoder):
+    return [module for module in decoder.modules() if "forward" in vars(module)]
+
+
+def states_and_gradient(decoder, embedded):
+    states = decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    weights = torch.linspace(-1, 1, states.numel(), dtype=torch.float32).view(states.shape)
+    return states.detach().float(), torch.autograd.grad((states.float() * weights).sum(), embedded)[0].float()
+
+
+def embedded_for(base, dtype):
+    width = base.get_input_embeddings().embedding_dim
+    made = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(3))
+    return made.to(dtype).requires_grad_()
+
+
+def stir_norms(base):
+    """Weights of norms are 1 in a new model, which would hide one that is left out."""
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in base.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator).to(weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(pytest.param(family, torch.float32, id=family) for family in FAMILIES + EXTRA),
+        *(pytest.param(family, torch.bfloat16, id=f"{family}-bfloat16") for family in LLAMA),
+    ],
+)
+def test_states_and_gradient_are_the_models_own(family, dtype):
+    base = tiny_model(family).requires_grad_(False).to(dtype)
+    decoder, tolerance = decoder_of(base), 1e-5 if dtype == torch.float32 else 0.05
+    if not hasattr(decoder, "layers"):
+        pytest.skip("no decoder that takes embeddings by themselves")
+    stir_norms(base)
+    embedded = embedded_for(base, dtype)
+    expected = states_and_gradient(decoder, embedded)
+    with lean(decoder):
+        taken = len(own_forwards(decoder))
+        found = states_and_gradient(decoder, embedded)
+    assert own_forwards(decoder) == []
+    assert taken > 0 or family not in LLAMA
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_norms_activations_and_rotary_embeddings_of_each_layer_take_part():
+    decoder = decoder_of(tiny_model("llama").requires_grad_(False))
+    with lean(decoder):
+        assert len(own_forwards(decoder)) == 2 * 4 + 1
+
+
+def test_a_backward_pass_keeps_less():
+    base = tiny_model("llama").requires_grad_(False)
+    kept = []
+
+    def size_of_kept():
+        kept.append(0)
+
+        def keep(tensor):
+            kept[-1] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoder_of(base)(inputs_embeds=embedded_for(base, torch.float32), use_cache=False)
+
+    size_of_kept()
+    with lean(decoder_of(base)):
+        size_of_kept()
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_what_is_trained_or_replaced_runs_as_it_always_does():
+    decoder = decoder_of(tiny_model("llama").requires_grad_(False))
+    first, second = decoder.layers
+    first.input_layernorm.weight.requires_grad_(True)
+    second.mlp.act_fn = nn.GELU()
+    second.self_attn.forward = own = second.self_attn.forward  # as accelerate's hooks do
+    with lean(decoder):
+        assert second.self_attn.forward is own
+        assert "forward" in vars(first.self_attn)
+        for module in (first.input_layernorm, second.mlp):
+            assert "forward" not in vars(module)
+    assert own_forwards(decoder) == [second.self_attn]
+
+
+def test_a_model_in_float64_runs_as_it_always_does():
+    decoder = decoder_of(tiny_model("llama").requires_grad_(False).double())
+    with lean(decoder):
+        assert own_forwards(decoder) == []
+
+
+def test_an_exception_leaves_no_forward_behind():
+    decoder = decoder_of(tiny_model("llama").requires_grad_(False))
+    with pytest.raises(RuntimeError, match="stop"), lean(decoder):
+        raise RuntimeError("stop")
+    assert own_forwards(decoder) == []
