@@ -574,6 +574,33 @@ def test_own_metric_is_found_in_the_working_folder(
     assert found["metrics"]["my_own:longest"] >= longest > 0
 
 
+def test_own_metric_that_fails_is_told_before_the_answers_and_loses_none_of_them(
+    trained: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_errors.py").write_text(
+        "calls = []\n"
+        "def always(predictions, references): return 1 / 0\n"
+        "def later(predictions, references):\n"
+        "    calls.append(1)\n"
+        "    return 1 / max(0, 3 - len(calls))\n"  # after two that find out, one model's answers
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    common = ["evaluate", "--prefix", trained, "--data", rows, "--max-new-tokens", 2, "--dtype", "float32"]
+    common += ["--output", answers, "--no-base", "--json"]
+    before = run(*common, "--metric", "my_errors:always")
+    assert before.exit_code == 2
+    assert "my_errors:always: it failed: ZeroDivisionError" in before.stderr
+    assert not answers.exists()
+    after = run(*common, "--metric", "my_errors:later")
+    assert after.exit_code == 2
+    assert "metric my_errors:later could not be measured: " in after.stderr
+    found = json.loads(after.stdout)
+    assert list(found["failed_metrics"]) == ["my_errors:later"]
+    assert set(found["metrics"]) == {"exact_match"}
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == found["inputs"] == 6
+
+
 def test_own_metric_with_other_keys_for_the_bare_model_has_a_line_for_each(
     trained: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,7 +608,7 @@ def test_own_metric_with_other_keys_for_the_bare_model_has_a_line_for_each(
         "calls = []\n"
         "def score(predictions, references):\n"
         "    calls.append(1)\n"
-        "    return {'both': 1, 'prefix' if len(calls) == 1 else 'bare': 2}\n"
+        "    return {'both': 1, 'prefix' if len(calls) == 3 else 'bare': 2}\n"  # after two that find out
     )
     monkeypatch.syspath_prepend(tmp_path)
     common = ["evaluate", "--prefix", trained, "--data", rows, "--max-new-tokens", 2, "--dtype", "float32"]

@@ -24,7 +24,7 @@ from filelock import FileLock
 from families import tiny_model
 from operations import Operations
 from prefixtune.cli import main
-from prefixtune.compare import METHODS, CompareConfig, Plan, compare, plan_of, read_file
+from prefixtune.compare import METHODS, CompareConfig, PeerConfig, Plan, compare, plan_of, read_file
 from prefixtune.compare.cell import _after, _in_context, run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
@@ -36,6 +36,7 @@ from prefixtune.data import Row, build_examples
 from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunError
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, missing_cells, require_matplotlib
+from prefixtune.report.plots import draw
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
 from prefixtune.train.sampler import LengthGroupedSampler
@@ -308,6 +309,26 @@ def test_ours_has_the_passes_of_the_others_on_a_gpu_too(
     unused.method = SimpleNamespace(prefix_options={"length": 4}, train_options={})
     with pytest.raises(SeenError, match=r"^512$"):
         cell._ours(unused, unused, unused, unused, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family", ["falcon-mqa", "falcon-new", "mpt", "xglm", "opt-post-norm", "gpt-bigcode"]
+)
+@pytest.mark.parametrize("of", ["prompt-tuning", "p-tuning", "peft-prefix"])
+def test_pefts_virtual_tokens_have_the_models_sizes_whatever_its_configuration_calls_them(
+    of: str, family: str
+) -> None:
+    model = peer_model(of, tiny_model(family), PeerConfig(init="random"), length=3)
+    ids = torch.arange(12).view(2, 6) + 5
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert trained
+    assert all(weight.grad is not None and weight.grad.norm() > 0 for weight in trained)
+
+
+def test_pefts_prefix_is_refused_where_keys_and_values_have_two_sizes() -> None:
+    with pytest.raises(ConfigError, match="keys and values of one size; deepseek_v3 has"):
+        peer_model("peft-prefix", tiny_model("deepseek-v3"), PeerConfig(init="random"), length=3)
 
 
 def test_a_prefix_trained_by_peft_starts_with_the_loss_of_ours(measured: Measured) -> None:
@@ -980,6 +1001,39 @@ def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: P
     assert "leave 7 of the model's 128 positions to the prefix" in refused(fits - 7, "prefix", settings={})
 
 
+def test_neutral_text_is_as_long_as_the_positions_behind_what_comes_before_it(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "gpt2")  # of 128 positions
+
+    def longest(*methods: str, **values: Any) -> int:
+        return max(
+            len(row.input_ids) for row in make_rows(make_plan(model, methods=methods, **values)).neutral
+        )
+
+    assert longest("base", "lora") == 128
+    assert longest("prefix", "peft-prefix") == 128 - LENGTH
+    context = len(make_rows(make_plan(model, methods=("base",), forgetting=False)).train[0].input_ids)
+    assert longest("prompt", "prefix") == 128 - context  # the first training row
+
+
+def test_cells_behind_few_positions_are_measured_to_the_end(tmp_path: Path) -> None:
+    plan = make_plan(
+        make_model(tmp_path, "gpt2"), methods=("prompt", "prompt-tuning", "peft-prefix"), max_steps=1
+    )
+    (tmp_path / "cells").mkdir()
+    cells = Measured.of(plan, tmp_path / "cells").cells
+    assert all(cell["forgetting"] is not None for cell in cells.values())
+
+
+def test_a_context_that_leaves_a_row_no_positions_is_told_before_any_cell(tmp_path: Path) -> None:
+    plan = make_plan(
+        make_model(tmp_path, "gpt2"), methods=("prompt",), instruction="i" * 110, forgetting=False
+    )
+    with pytest.raises(
+        DataError, match=r"tokens after the text in the context of 111 do not fit into the 128"
+    ):
+        make_rows(plan)
+
+
 def test_an_evaluation_row_beyond_the_change_of_the_rotary_is_told_where_a_prefix_is_trained(
     tmp_path: Path,
 ) -> None:
@@ -1073,6 +1127,22 @@ def test_a_report_that_fails_does_not_lose_the_table(folder: Folder, tmp_path: P
     assert again.exit_code == 1
     assert "report.md" in again.stderr
     assert json.loads(again.stdout)["rows"] == json.loads(folder.first.stdout)["rows"]
+
+
+def test_plots_take_names_with_signs_of_formulas_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        {
+            "method": "pre $x_{$ fix",
+            "train_rows": count,
+            "metrics": {"own $^{$": {"mean": 0.5, "std": 0.1}},
+            "peak_memory_bytes": 1e9,
+            "train_seconds": 2.0,
+        }
+        for count in (8, 16)
+    ]
+    cells = [{"method": row["method"], "train_rows": 8, "losses": [[1, 2.0], [2, 1.0]]} for row in rows]
+    drawn = draw(rows, cells, tmp_path)
+    assert {file for _, file in drawn} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_plots_without_matplotlib_name_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

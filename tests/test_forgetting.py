@@ -12,8 +12,16 @@ import torch
 
 from families import tiny_model
 from prefixtune import PrefixConfig, PrefixModel
+from prefixtune.data import Example
 from prefixtune.errors import ConfigError, DataError, StorageError
-from prefixtune.forgetting import NeutralTexts, forgetting, neutral_losses, neutral_texts, read_texts
+from prefixtune.forgetting import (
+    OPENINGS,
+    NeutralTexts,
+    forgetting,
+    neutral_losses,
+    neutral_texts,
+    read_texts,
+)
 from prefixtune.likelihood import row_losses
 from tokenizers_for_tests import byte_tokenizer, slow_tokenizer
 
@@ -139,6 +147,44 @@ def test_text_ends_where_the_base_ends_it_and_short_ones_are_drawn_again() -> No
         targets = [label for label in row.labels if label != -100]
         assert new not in targets
         assert 3 <= len(targets) <= 12
+
+
+def few_positions() -> Any:
+    model = tiny_model("gpt2", vocab_size=len(TOKENIZER))  # of 128
+    model.lm_head.weight.data *= 4
+    return model
+
+
+def test_text_is_as_long_as_the_positions_behind_the_longest_prefix(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    opening = max(len(TOKENIZER(text)["input_ids"]) for text in OPENINGS)
+    for before in (0, 60):
+        texts = neutral_texts(few_positions(), TOKENIZER, texts=2, before=before)
+        assert max(row.target_tokens for row in texts.rows) <= 128 - opening - before
+        assert f"neutral text: {128 - opening - before} tokens at most" in capsys.readouterr().err
+    with pytest.raises(DataError, match="expected 16 positions for a text or more; of the 128 of gpt2"):
+        neutral_texts(few_positions(), TOKENIZER, texts=2, before=128 - opening - 15)
+
+
+def test_a_prefix_with_few_positions_is_measured_all_the_same() -> None:
+    base = few_positions()
+    model = PrefixModel(base, PrefixConfig(length=40))
+    assert forgetting(model, base, TOKENIZER).texts == 32
+    assert forgetting(peft_prompt(few_positions(), 40), None, TOKENIZER).texts == 32
+
+
+def peft_prompt(base: Any, length: int) -> Any:
+    import peft
+
+    config = peft.PromptTuningConfig(task_type=TASK, num_virtual_tokens=length)
+    return peft.get_peft_model(base, config)
+
+
+def test_a_row_behind_pefts_virtual_tokens_that_has_no_position_is_told() -> None:
+    model, row = peft_prompt(few_positions(), 40), tuple(range(5, 94))  # 89 and 40 of 128
+    with pytest.raises(DataError, match="89 tokens after a prefix of 40 do not fit into the 128 positions"):
+        row_losses(model, [Example(input_ids=row, labels=row, origin="a", truncated=0)], pad_token_id=0)
 
 
 def test_base_that_ends_every_text_at_once_has_no_neutral_text() -> None:

@@ -12,7 +12,7 @@ import sacrebleu
 from rouge_score import rouge_scorer
 
 from prefixtune.errors import ConfigError, DataError, MissingExtraError
-from prefixtune.metrics import METRICS, measure, score
+from prefixtune.metrics import METRICS, measure, measure_each, score
 
 ENGLISH = ["Blue Spice is a cheap pub near the river.", "", "It serves food", "the the the the"]
 ENGLISH_REFERENCES = [
@@ -140,6 +140,15 @@ def test_json_equal_does_not_see_spaces_order_of_keys_or_how_a_number_is_written
     assert score(["json_equal"], [prediction], references) == {"json_equal": float(equal)}
 
 
+def test_json_is_read_however_deep_it_is_and_however_long_a_number() -> None:
+    deep, digits = "[" * 900 + "]" * 900, "1" * 5000  # Python compares 500 deep, and reads 4,300 digits
+    assert score(["json", "json_equal"], [deep, digits], [[deep], [digits]]) == {
+        "json": 1.0,
+        "json_equal": 1.0,
+    }
+    assert score(["json_equal"], [deep, digits], [[f"[{deep}]"], [f"{digits}1"]]) == {"json_equal": 0.0}
+
+
 def test_json_equal_refuses_a_reference_that_is_no_json() -> None:
     with pytest.raises(DataError, match=r"references\[1\]: json_equal: the reference is not JSON: 'yes'"):
         score(["json_equal"], ["1", "2"], [["1"], ["2", "yes"]])
@@ -166,6 +175,15 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("own_metrics", "own_broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return "own_metrics"
+
+
+def test_a_metric_that_fails_stops_no_other(own: str) -> None:
+    names = ["rougeL", f"{own}:fails", "exact_match", "rouge1"]
+    found = measure_each(names, ["ab", "c"], [["ab"], ["x"]])
+    assert found.values == score(["rougeL", "exact_match", "rouge1"], ["ab", "c"], [["ab"], ["x"]])
+    assert list(found.failed) == [f"{own}:fails"]
+    assert "ZeroDivisionError" in found.failed[f"{own}:fails"]
+    assert set(found.settings) == {"language", "rougeL", "rouge1"}
 
 
 def test_what_an_own_module_prints_is_not_the_result(

@@ -39,6 +39,7 @@ class Evaluation:
         perplexity: exp(loss).
         exact_match: share of the inputs whose greedy answer is a reference, but for white space around it.
         metrics: all that was measured on answers and labels, exact_match too; units: docs/metrics.md.
+        failed_metrics: the error of each metric that could not be measured on the answers.
         metric_settings: the language that the metrics took the text for, and the libraries' signatures.
         inputs: distinct prompts; None where nothing was asked.
         labels: what the accuracy chose from.
@@ -60,6 +61,8 @@ class Evaluation:
     base_exact_match: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     base_metrics: dict[str, float] | None = None
+    failed_metrics: dict[str, str] = field(default_factory=dict)
+    base_failed_metrics: dict[str, str] = field(default_factory=dict)
     metric_settings: dict[str, str] = field(default_factory=dict)
     inputs: int | None = None
     labels: list[str] | None = None
@@ -209,6 +212,7 @@ def _of_one(
         "perplexity": _exp(loss),
         "exact_match": result.values.get("exact_match"),
         "metrics": result.values,
+        "failed_metrics": result.failed,
     }
     settings = {"target_tokens": tokens, "metric_settings": result.settings}
     return {start + name: value for name, value in found.items()} | settings

@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefixtune.attachment import position_limit
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, DataError, StorageError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import ending, generate_ids, sampling, seeded
+from prefixtune.geometry import Geometry, text_config
 from prefixtune.likelihood import row_losses
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
+from prefixtune.rotary import virtual_tokens
 
 __all__ = [
     "OPENINGS",
     "Forgetting",
     "NeutralTexts",
+    "fitting_tokens",
     "forgetting",
     "neutral_losses",
     "neutral_texts",
@@ -38,6 +42,8 @@ OPENINGS = (  # the base goes on from these; they are about nothing, and belong 
 )
 TOP_P = 0.95  # without the tail, which the base itself finds unlikely (Holtzman et al. 2020)
 BATCH = 16  # a sample depends on its batch, so the size is no option
+TOKENS = 128  # of a text, at most
+FEWEST = 16  # tokens of a text
 ROUNDS = 4  # of sampling, where many texts end at once
 IGNORED = -100
 
@@ -103,7 +109,10 @@ def forgetting(
     name = "neutral text" if progress else None
     if texts is None or base_losses is None:
         with _bare(model, base) as bare:
-            texts = texts or neutral_texts(bare, tokenizer, seed=seed, progress=progress)
+            if texts is None:
+                own = isinstance(model, PrefixModel)
+                before = model.prefix.config.length if own else virtual_tokens(model)
+                texts = neutral_texts(bare, tokenizer, before=before, seed=seed, progress=progress)
             base_losses = neutral_losses(bare, tokenizer, texts, progress=name and f"{name}, bare model")
     losses = neutral_losses(model, tokenizer, texts, progress=name)
     counts = [row.target_tokens for row in texts.rows]
@@ -132,7 +141,8 @@ def neutral_texts(
     tokenizer: Any,
     *,
     texts: int = 32,
-    tokens: int = 128,
+    tokens: int = TOKENS,
+    before: int = 0,
     seed: int = 0,
     openings: Sequence[str] = OPENINGS,
     cache: Path | None = None,
@@ -144,13 +154,15 @@ def neutral_texts(
 
     Args:
         base: bare, before any training.
-        tokens: the most that a text has beyond its opening.
+        tokens: the most that a text has beyond its opening; fewer, which is told, where the base has not
+            the positions for them.
+        before: positions that a tuned model takes before each text: its virtual tokens, or a context.
         openings: English unless given: for a base of another language give others, or text of your own.
         cache: a JSON file that keeps the texts; they are sampled anew when the base, the seed or another
             setting is not the one that it was written for.
 
     Raises:
-        DataError: the base ends nearly every text at once.
+        DataError: the base ends nearly every text at once, or has too few positions for a text.
         StorageError: the cache is a file of another kind.
     """
     if texts < 1 or tokens < 4 or not openings:
@@ -159,6 +171,7 @@ def neutral_texts(
             f"from {len(openings)} openings"
         )
     starts = [_opening(tokenizer, opening) for opening in openings]
+    tokens = fitting_tokens(base, before + max(map(len, starts)), tokens)
     asked = {"texts": texts, "tokens": tokens, "seed": seed, "top_p": TOP_P, "openings": starts}
     key = {"fingerprint": Fingerprint.of(base).digest, **asked}
     rows = _cached(cache, key) if cache is not None else None
@@ -172,7 +185,7 @@ def neutral_texts(
     return NeutralTexts(rows=tuple(_example(ids, given) for ids, given in rows), source=source)
 
 
-def read_texts(path: Path, tokenizer: Any, *, tokens: int = 128) -> NeutralTexts:
+def read_texts(path: Path, tokenizer: Any, *, tokens: int = TOKENS) -> NeutralTexts:
     """A UTF-8 text file of one's own, cut into pieces of `tokens`; a last piece of one token is left out.
 
     Raises:
@@ -190,6 +203,28 @@ def read_texts(path: Path, tokenizer: Any, *, tokens: int = 128) -> NeutralTexts
     if not rows:
         raise DataError(f"{path}: expected a text; got {len(ids)} tokens")
     return NeutralTexts(rows=tuple(_example(ids, given) for ids, given in rows), source=str(path))
+
+
+def fitting_tokens(base: Any, before: int, tokens: int = TOKENS) -> int:
+    """`tokens`, or as many as the base has positions for after `before` others; then it is told.
+
+    Raises:
+        DataError: there is no room for a text.
+    """
+    geometry = Geometry.probe(base)
+    limit = position_limit(text_config(base), geometry)
+    if limit is None or before + tokens <= limit:
+        return tokens
+    room = limit - before
+    if room < min(FEWEST, tokens):
+        raise DataError(
+            f"neutral text: expected {FEWEST} positions for a text or more; of the {limit} of "
+            f"{geometry.model_type} {before} are taken before it",
+            hint="a shorter prefix leaves more of them; to measure without neutral text: evaluate without "
+            "--forgetting, compare with --no-forgetting",
+        )
+    note(f"neutral text: {room} tokens at most, for the {limit} positions of {geometry.model_type}")
+    return room
 
 
 def _sample(
@@ -222,7 +257,8 @@ def _sample(
     if not rows:
         raise DataError(
             f"the base ended each of {texts} texts before {tokens // 4} tokens, {ROUNDS} times over",
-            hint="give a neutral text of your own with --forgetting-text",
+            hint="give a neutral text of your own (evaluate --forgetting-text), or measure without it "
+            "(compare --no-forgetting)",
         )
     note(f"neutral text: {len(rows)} of {texts} texts; the base ended the others at once")
     return rows

@@ -201,7 +201,6 @@ def check_positions(model: Any, tokens: int, *, origin: str | None = None) -> No
 
     is_prefixed = isinstance(model, PrefixModel)
     bare = model.base_model if is_prefixed else model
-    # of a PEFT model the text's positions alone are looked at, without its virtual tokens
     geometry = Geometry.probe(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
     limit = geometry.learned_positions
     if is_prefixed:
@@ -209,7 +208,7 @@ def check_positions(model: Any, tokens: int, *, origin: str | None = None) -> No
     if limit is None:
         return
     with torch.no_grad():
-        taken = model.prefix.bake().layers[0].key.shape[1] if is_prefixed else 0
+        taken = model.prefix.bake().layers[0].key.shape[1] if is_prefixed else virtual_tokens(model)
     if taken + tokens > limit:
         where = (
             "positions of" if limit == geometry.max_positions else "positions that a prefix is exact in with"

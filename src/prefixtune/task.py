@@ -14,7 +14,14 @@ from prefixtune.data import Prompt, Row, build_prompts, special_beside
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import check_positions, ending, generate_batch
 from prefixtune.likelihood import check_labels, choose_labels
-from prefixtune.metrics import check_language, check_metrics, check_references, exact_match, measure
+from prefixtune.metrics import (
+    check_language,
+    check_metrics,
+    check_references,
+    exact_match,
+    measure_each,
+    try_metrics,
+)
 
 __all__ = ["ACCURACY", "Input", "Result", "Task", "check_task", "inputs_of"]
 
@@ -43,11 +50,13 @@ class Result:
     Attributes:
         values: by metric, in the units of `prefixtune.metrics.METRICS`; accuracy 0..1.
         settings: as `prefixtune.metrics.Scores` has them.
+        failed: the error of each metric that could not be measured.
         samples: for each input prediction and exact_match where answers were made, label where one was chosen
     """
 
     values: dict[str, float]
     settings: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, Any]]
 
 
@@ -122,6 +131,9 @@ class Task:
         inputs = inputs_of(rows, tokenizer, data_config) if metrics else []
         references, origins = [one.references for one in inputs], [one.origins for one in inputs]
         check_references(metrics, references, origins, language=language)
+        own = [name for name in metrics if ":" in name]
+        if own and references:
+            try_metrics(own, references, language=language)
         return cls(
             inputs=inputs,
             tokenizer=tokenizer,
@@ -138,19 +150,20 @@ class Task:
         samples: list[dict[str, Any]] = [{} for _ in self.inputs]
         values: dict[str, float] = {}
         settings: dict[str, str] = {}
+        failed: dict[str, str] = {}
         references = [one.references for one in self.inputs]
         if self.names:
             answers = self._answers(model, told("answers"))
             for sample, answer, texts in zip(samples, answers, references, strict=True):
                 sample |= {"prediction": answer, "exact_match": bool(exact_match([answer], [texts]))}
-            scores = measure(self.names, answers, references, language=self.language)
-            values, settings = scores.values, scores.settings
+            scores = measure_each(self.names, answers, references, language=self.language)
+            values, settings, failed = scores.values, scores.settings, scores.failed
         if self.labels:
             chosen = self._chosen(model, told("labels"))
             for sample, label in zip(samples, chosen, strict=True):
                 sample["label"] = label.strip()
             values = {**values, ACCURACY: exact_match(chosen, references)}
-        return Result(values=values, settings=settings, samples=samples)
+        return Result(values=values, settings=settings, failed=failed, samples=samples)
 
     def check(self, model: Any) -> None:
         """Raise DataError where the model has no positions for an answer to the longest prompt."""

@@ -136,14 +136,17 @@ def evaluate(
             print_json({**result.to_dict(), "samples": result.samples[:rows]})
         else:
             _print(result, rows, loaded.name)
+    for name, error in {**result.base_failed_metrics, **result.failed_metrics}.items():
+        raise ConfigError(f"metric {name} could not be measured: {error}")
 
 
 def _neutral(loaded: Any, path: Path | None, *, seed: int) -> Any:
-    from prefixtune.forgetting import neutral_texts, read_texts
+    from prefixtune.forgetting import fitting_tokens, neutral_texts, read_texts
 
+    before = loaded.model.prefix.config.length if loaded.model is not loaded.base else 0
     if path is not None:
-        return read_texts(path, loaded.tokenizer)
-    return neutral_texts(loaded.base, loaded.tokenizer, seed=seed, progress=True)
+        return read_texts(path, loaded.tokenizer, tokens=fitting_tokens(loaded.base, before + 1))
+    return neutral_texts(loaded.base, loaded.tokenizer, before=before, seed=seed, progress=True)
 
 
 def _with_commas(values: Sequence[str], option: str) -> list[str]:

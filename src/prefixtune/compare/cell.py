@@ -42,7 +42,7 @@ from prefixtune.train import (
     trainer_for,
 )
 
-__all__ = ["answer_limit", "run_cell"]
+__all__ = ["answer_limit", "context_ids", "run_cell"]
 
 BATCH = 16  # answers at a time
 SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
@@ -142,15 +142,20 @@ def _as_prefix(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows) -> PrefixCo
         return PrefixConfig(**{**options, "length": default_length(len(examples))})
 
 
+def context_ids(instruction: str | None, tokenizer: Any, examples: Sequence[Example]) -> tuple[int, ...]:
+    """What the method `prompt` has before each row: the instruction, or the first training row for one."""
+    if instruction is None:
+        return examples[0].input_ids
+    start, _ = added_tokens(tokenizer)
+    text = tokenizer(instruction.rstrip("\n") + "\n", add_special_tokens=False)["input_ids"]
+    return (*start, *text)  # without what ends a text: the row goes on
+
+
 def _in_context(instruction: str | None, base: LoadedBase, examples: Sequence[Example]) -> Contender:
-    """The bare model with the instruction before each row, or the first training row for an example."""
-    tokenizer: Any = base.tokenizer
-    if instruction is not None:
-        start, _ = added_tokens(tokenizer)
-        text = tokenizer(instruction.rstrip("\n") + "\n", add_special_tokens=False)["input_ids"]
-        ids = (*start, *text)  # without what ends a text: the row goes on
-    else:
-        ids = examples[0].input_ids
+    """The bare model with `context_ids` before each row."""
+    ids = context_ids(instruction, base.tokenizer, examples)
+    if instruction is None:
+        tokenizer: Any = base.tokenizer
         instruction = tokenizer.decode(ids)
     resolved = {"text": instruction, "tokens": len(ids)}
     return Contender(model=base.model, context=ids, file_bytes=len(instruction.encode()), resolved=resolved)

@@ -22,7 +22,7 @@ from prefixtune.compare.settings import PeerConfig
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
-from prefixtune.geometry import Geometry
+from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, planned
 from prefixtune.rotary import settle
@@ -32,6 +32,7 @@ from prefixtune.train.trainer import on_one_device
 
 __all__ = ["PeerTrainer", "lora_config", "matmul_layers", "peer_model", "peer_trainer"]
 
+_MAKES_ITS_OWN = ("gpt_bigcode",)  # PEFT turns the prefix that it has for all heads into its cache
 NARROW = ("q_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj", "Wqkv")  # queries and values
 
 
@@ -96,11 +97,12 @@ def peer_model(
         return base.float().requires_grad_(True)
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    same = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": settings.length or length}
     if of == "lora":
         like = like or length * Geometry.probe(base).numbers_per_token
         lora = {"targets": settings.targets, "rank": settings.rank, "alpha": settings.alpha}
         return get_peft_model(base, lora_config(base, like=like, **lora))  # type: ignore[arg-type, no-any-return]
+    same = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": settings.length or length}
+    same |= _sizes(of, base)
     hidden = {"encoder_hidden_size": settings.hidden_size} if settings.hidden_size else {}
     if of == "peft-prefix":
         config = PrefixTuningConfig(**same, **hidden, prefix_projection=settings.projection)
@@ -112,6 +114,29 @@ def peer_model(
     if start and settings.init == "text" and of != "p-tuning" and not settings.projection:
         _start_from_text(of, model, base, _repeated(start, settings.length or length))
     return model
+
+
+def _sizes(of: str, base: Any) -> dict[str, int]:
+    """What PEFT finds by a configuration's names, which some architectures (Falcon, MPT, OPT 350M) have not.
+
+    Raises:
+        ConfigError: PEFT's prefix cannot have the keys and values of this model.
+    """
+    layers = Geometry.probe(base).layers
+    if of != "peft-prefix":
+        width = base.get_input_embeddings().weight.shape[1]
+        return {"num_layers": len(layers), "num_attention_heads": 1, "token_dim": width}
+    if any(layer.key_dim != layer.value_dim for layer in layers):
+        raise ConfigError(
+            f"peft-prefix: PEFT has keys and values of one size; {text_config(base).model_type} has "
+            f"{layers[0].key_dim} and {layers[0].value_dim}",
+            hint="leave the method out",
+        )
+    config = text_config(base)
+    if "num_key_value_heads" in config.to_dict() or config.model_type in _MAKES_ITS_OWN:
+        return {}  # what PEFT finds is right, and would be corrected if it were given
+    heads, width = layers[0].kv_heads, layers[0].key_dim
+    return {"num_layers": len(layers), "num_attention_heads": heads, "token_dim": heads * width}
 
 
 def _repeated(ids: Sequence[int], length: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefixtune.attachment import position_limit
-from prefixtune.compare.cell import answer_limit
+from prefixtune.compare.cell import answer_limit, context_ids
 from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import EVAL_ROWS, Plan, digest
 from prefixtune.compare.rows import Question, Rows, first_rows
@@ -63,7 +63,7 @@ def make_rows(plan: Plan) -> Rows:
     examples, eval_report = build_examples(measured, base.tokenizer, plan.data)
     note(f"evaluation: {len(questions)} inputs; loss on {eval_report.summary()}")
     check_ids(base.model, (example.input_ids for example in [*train, *examples]))
-    _check_positions(plan, base, train, examples, questions)
+    before = _check_positions(plan, base, train, examples, questions)
     about = {
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "dtype_reason": base.dtype_reason,
@@ -74,7 +74,7 @@ def make_rows(plan: Plan) -> Rows:
         "evaluation": f"{len(questions)} inputs; loss on {eval_report.summary()}",
         "machine": describe_machine(),
     }
-    texts, losses, seconds = _neutral(base) if config.forgetting else (None, [], None)
+    texts, losses, seconds = _neutral(base, before) if config.forgetting else (None, [], None)
     return Rows(
         train=tuple(train),
         eval=tuple(examples),
@@ -109,8 +109,12 @@ def _check_positions(
     train: Sequence[Example],
     examples: Sequence[Example],
     questions: Sequence[Question],
-) -> None:
-    """Raise DataError where an evaluation row has no positions left, which cells would tell once trained."""
+) -> int:
+    """Raise DataError where an evaluation row has no positions left, which cells would tell once trained.
+
+    Returns:
+        the most positions that a method takes before a row.
+    """
     geometry = Geometry.probe(base.model)
     kinds: tuple[str, ...] = VIRTUAL
     limit = geometry.learned_positions
@@ -118,7 +122,7 @@ def _check_positions(
         # a rotary that changes with the length has a limit behind our prefix, and for nothing else
         limit, kinds = position_limit(text_config(base.model), geometry), (OURS,)
     if limit is None:
-        return
+        return 0
     needed, what = max((len(example.input_ids), f"{example.origin}: ") for example in examples)
     if plan.config.metrics:
         new = answer_limit(plan, questions, base.tokenizer)
@@ -126,12 +130,23 @@ def _check_positions(
         if answered > needed:
             needed, what = answered, f"{plan.config.eval}: a prompt with an answer of up to {new}: "
     prefix = _longest_prefix(plan, base.model, train, examples, kinds=kinds)
-    if prefix + needed > limit:
+    context = _context(plan, base, train) if geometry.learned_positions is not None else 0
+    before = max(prefix, context)
+    if before + needed > limit:
+        after = f" after {'a prefix' if prefix >= context else 'the text in the context'} of {before}"
         raise DataError(
-            f"{what}{needed} tokens{f' after a prefix of {prefix}' if prefix else ''} do not fit into the "
-            f"{limit} positions of {geometry.model_type}",
-            hint="use a smaller --max-length, --max-new-tokens or length of the prefix",
+            f"{what}{needed} tokens{after if before else ''} do not fit into the {limit} positions of "
+            f"{geometry.model_type}",
+            hint="use a smaller --max-length, --max-new-tokens, length of the prefix or instruction",
         )
+    return before
+
+
+def _context(plan: Plan, base: LoadedBase, train: Sequence[Example]) -> int:
+    """Tokens that the method `prompt` has before each row."""
+    instruction, cells = plan.config.instruction, [cell for cell in plan.cells if cell.method.of == "prompt"]
+    firsts = [first_rows(train, cell.rows) for cell in cells]
+    return max((len(context_ids(instruction, base.tokenizer, rows)) for rows in firsts), default=0)
 
 
 def _longest_prefix(
@@ -186,10 +201,10 @@ def _evaluation(
     return questions, kept
 
 
-def _neutral(base: LoadedBase) -> tuple[NeutralTexts, list[float], float]:
+def _neutral(base: LoadedBase, before: int) -> tuple[NeutralTexts, list[float], float]:
     """The text, the base's loss on it, and the seconds that a new token of a batch took."""
     start = time.perf_counter()
-    texts = neutral_texts(base.model, base.tokenizer, seed=NEUTRAL_SEED)
+    texts = neutral_texts(base.model, base.tokenizer, before=before, seed=NEUTRAL_SEED)
     written = max(row.target_tokens for row in texts.rows) * 2  # two batches
     seconds = (time.perf_counter() - start) / written
     return texts, neutral_losses(base.model, base.tokenizer, texts), seconds

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.compare.rows import Question
-from prefixtune.errors import ConfigError, PrefixTuneError
-from prefixtune.metrics import measure
+from prefixtune.metrics import measure_each, try_metrics
 
 __all__ = ["check_scoring", "read_answers", "score_answers", "write_answers"]
 
@@ -18,40 +17,20 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def check_scoring(names: Sequence[str], questions: Sequence[Question]) -> None:
-    """Score the references as answers, then an empty answer and those of other questions.
-
-    Raises:
-        ConfigError, DataError: a metric fails, which is told before hours of training.
-    """
-    references = [question.references for question in questions]
-    answers = [texts[0] for texts in references]
-    measure(names, answers, references)
-    try:
-        measure(names, ["", *answers[:-1]], references)
-    except PrefixTuneError as error:
-        raise ConfigError(
-            f"{error.message}, for answers that are empty or another row's",
-            hint="a model may answer anything: score that too",
-        ) from error
+    """Raise ConfigError or DataError where a metric fails, which is told before hours of training."""
+    try_metrics(names, [question.references for question in questions])
 
 
 def score_answers(
     names: Sequence[str], answers: Sequence[str], questions: Sequence[Question]
 ) -> dict[str, Any]:
     """What a cell says of its metrics: `failed_metrics` has the error of each that could not be measured."""
-    references = [question.references for question in questions]
-    values: dict[str, float] = {}
-    settings: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for name in names:
-        try:
-            scores = measure([name], answers, references)
-        except Exception as error:  # a cell has taken longer to train than a metric to mend
-            failed[name] = error.message if isinstance(error, PrefixTuneError) else repr(error)
-        else:
-            values |= scores.values
-            settings |= scores.settings
-    return {"metrics": values, "metric_settings": settings, "failed_metrics": failed}
+    scores = measure_each(names, answers, [question.references for question in questions])
+    return {
+        "metrics": scores.values,
+        "metric_settings": scores.settings,
+        "failed_metrics": scores.failed,
+    }
 
 
 def write_answers(folder: Path, answers: Sequence[str], questions: Sequence[Question]) -> str:

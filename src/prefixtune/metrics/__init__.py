@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, PrefixTuneError
 from prefixtune.metrics.json_text import check_json, json_equal, json_valid
 from prefixtune.metrics.libraries import bleu, check_words, chrf, require, rouge
 from prefixtune.metrics.own import call_metric, is_own, load_metric
@@ -23,7 +23,9 @@ __all__ = [
     "check_references",
     "exact_match",
     "measure",
+    "measure_each",
     "score",
+    "try_metrics",
 ]
 
 METRICS = {
@@ -46,10 +48,12 @@ class Scores:
     Attributes:
         values: by metric, in the units of `METRICS`.
         settings: the language that the metrics took the text for, and the signatures of the libraries.
+        failed: of `measure_each`, the error of each metric that could not be measured.
     """
 
     values: dict[str, float]
     settings: dict[str, str]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def score(
@@ -108,6 +112,46 @@ def measure(
         else:
             values |= call_metric(name, predictions, references)
     return Scores(values=values, settings=settings)
+
+
+def measure_each(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    language: str = "auto",
+) -> Scores:
+    """`measure` where one that fails stops no other: answers take longer to make than a metric to mend."""
+    found = Scores(values={}, settings={})
+    rouges = [name for name in names if name in ROUGE]  # which share one sweep over the texts
+    for group in ([name] for name in names if name not in rouges[1:]):
+        together = rouges if group[0] in ROUGE else group
+        try:
+            scores = measure(together, predictions, references, language=language)
+        except Exception as error:
+            told = error.message if isinstance(error, PrefixTuneError) else repr(error)
+            found.failed.update(dict.fromkeys(together, told))
+        else:
+            found.values.update(scores.values)
+            found.settings.update(scores.settings)
+    return found
+
+
+def try_metrics(names: Sequence[str], references: Sequence[Sequence[str]], *, language: str = "auto") -> None:
+    """Score the references as answers, then an empty answer and those of others, before there are any.
+
+    Raises:
+        ConfigError, DataError: a metric fails.
+    """
+    answers = [texts[0] for texts in references]
+    measure(names, answers, references, language=language)
+    try:
+        measure(names, ["", *answers[:-1]], references, language=language)
+    except PrefixTuneError as error:
+        raise ConfigError(
+            f"{error.message}, for answers that are empty or another row's",
+            hint="a model may answer anything: score that too",
+        ) from error
 
 
 ROUGE = ("rouge1", "rouge2", "rougeL")

@@ -95,7 +95,7 @@ def _curves(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = list(zip(*curves, strict=False))  # of the same steps
             steps = [point[0][0] for point in points]
             means = [sum(loss for _, loss in point) / len(point) for point in points]
-            axes.plot(steps, _smooth(means), label=method, linewidth=1.4)
+            axes.plot(steps, _smooth(means), label=_plain(method), linewidth=1.4)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss (nats per target token)")
     axes.legend(**LEGEND)
@@ -126,13 +126,18 @@ def _scatter(
         axes.annotate(_label(row, rows), (place, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel(title)
-    axes.set_ylabel(label)
+    axes.set_ylabel(_plain(label))
     _save(figure, axes, path)
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:
     several = len({other["train_rows"] for other in rows}) > 1
-    return f"{row['method']} ({row['train_rows']})" if several else str(row["method"])
+    return _plain(f"{row['method']} ({row['train_rows']})" if several else str(row["method"]))
+
+
+def _plain(name: str) -> str:
+    """A name of the user's: matplotlib takes what stands between two $ for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _by_rows(rows: Sequence[Row], name: str | None, label: str, path: Path) -> None:
@@ -143,9 +148,9 @@ def _by_rows(rows: Sequence[Row], name: str | None, label: str, path: Path) -> N
         points = [point for point in points if point[0] is not None and point[1] is not None]
         if points:
             counts, means, stds = zip(*points, strict=True)
-            axes.errorbar(counts, means, yerr=stds, marker="o", capsize=3, label=method)
+            axes.errorbar(counts, means, yerr=stds, marker="o", capsize=3, label=_plain(method))
     axes.set_xscale("log")
     axes.set_xlabel("training rows")
-    axes.set_ylabel(label)
+    axes.set_ylabel(_plain(label))
     axes.legend(**LEGEND)
     _save(figure, axes, path)
