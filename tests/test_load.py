@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from families import tiny_model
 from prefixtune import load
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, new_demo_copy
-from prefixtune.errors import ConfigError, ModelError
+from prefixtune.errors import ConfigError, ModelError, OutOfMemoryError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.gguf_file import check_read_whole, set_special_tokens
 from prefixtune.load import empty_model, load_base, load_tokenizer, weight_files
@@ -197,6 +197,20 @@ def test_unusable_device_is_a_wrong_option(folder: Path) -> None:
     for device in ("abacus", "cuda:99"):
         with pytest.raises(ConfigError, match=device):
             load_base(str(folder), device=device)
+
+
+def test_a_processor_with_a_number_is_the_processor(folder: Path) -> None:
+    assert load_base(str(folder), device="cpu:7").model.device == torch.device("cpu")
+
+
+def test_full_memory_is_not_told_as_a_damaged_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(OutOfMemoryError, match="its weights cannot be loaded: the memory is full") as told:
+        load_base(str(folder))
+    assert "--quantize" in str(told.value.hint)
 
 
 def test_loading_leaves_transformers_as_loud_as_it_was(

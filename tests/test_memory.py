@@ -462,6 +462,54 @@ def test_a_measured_step_runs_the_tokens_that_the_setup_says(common: int, packin
     assert plan.tokens == (93 - 2 * held_once if packing else 120)
 
 
+@pytest.mark.parametrize(
+    ("more", "given_back"),
+    [
+        (["--gradient-checkpointing"], True),
+        (["--no-packing", "--packing-length", 2048], True),  # 8 rows of 100 tokens
+        (["--no-packing"], False),
+        (["--packing-length", 2048], False),
+    ],
+)
+def test_freed_blocks_are_given_back_where_a_run_says_so(
+    more: list[Any], given_back: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny_model("llama", vocab_size=len(byte_tokenizer())).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"instruction": "qz" * 30 + str(row), "input": "", "output": "xv" * 10} for row in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    asked: list[bool] = []
+    monkeypatch.setattr("prefixtune.train.session.return_freed_memory", lambda: asked.append(True))
+    line = ["train", "--model", tmp_path / "model", "--data", tmp_path / "rows.json", "--max-steps", 1]
+    line += ["--output", tmp_path / "run", "--length", 4, "--retain", 0, "--report-to", "none", *more]
+    done = call(*line)
+    assert done.exit_code == 0, done.stderr
+    assert bool(asked) == given_back
+
+
+def test_memory_that_is_full_before_the_first_step_is_told_with_advice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = write_model(tmp_path, n_layer=1, n_embd=64, n_inner=64)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        )
+
+    monkeypatch.setattr("prefixtune.train.session.target_loss", full)
+    line = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", tmp_path / "run"]
+    line += ["--eval-data", place / "rows.json", "--max-steps", 1, "--retain", 0, "--report-to", "none"]
+    done = call(*line)
+    assert done.exit_code == 1
+    assert "run: the memory is full" in done.stderr
+    assert "--gradient-checkpointing" in done.stderr
+    monkeypatch.setattr("prefixtune.train.session.set_seed", full)  # before there is an estimate
+    done = call(*line, "--overwrite")
+    assert "the memory is full" in done.stderr
+    assert "internal error" not in done.stderr
+
+
 def test_whole_matrices_of_scores_leave_holes_in_the_heap() -> None:
     """docs/memory.md, "The allocator"."""
     plan = setup(lengths=(200, 180), longest=200, row_tokens=150.0, packing=False)

@@ -1060,7 +1060,8 @@ EVERY_LOSS = ["--length", 4, "--max-steps", 6, "--logging-steps", 1]
 def test_packing_length_below_a_row_names_the_row_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
     told = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--packing-length", 6))
     assert re.search(r"rows\.jsonl:\d+: \d+ tokens do not fit a pass of packing_length 6", told)
-    assert "--packing-length" in told
+    assert "use --packing-length" in told
+    assert "--max-length" not in told  # with 6 tokens no row would have a target
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,10 @@ __all__ = [
     "RunError",
     "StorageError",
     "UnsupportedModelError",
+    "memory_is_full",
 ]
+
+FULL = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 class PrefixTuneError(Exception):
@@ -71,3 +74,10 @@ class OutOfMemoryError(PrefixTuneError, MemoryError):
 
 class MissingExtraError(PrefixTuneError, ImportError):
     """An optional dependency is not installed; the hint is its install line."""
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether a library says that no memory is left: torch does by type on CUDA and by text on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in FULL)

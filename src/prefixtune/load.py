@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from prefixtune.demo import CACHE_VARIABLE, demo_copy, demo_file, new_demo_copy
-from prefixtune.errors import ModelError
+from prefixtune.errors import ModelError, OutOfMemoryError, memory_is_full
 from prefixtune.geometry import text_config
 from prefixtune.gguf_file import check_read_whole, need_gguf, set_special_tokens
 from prefixtune.precision import choose_dtype, device_of
@@ -366,6 +366,9 @@ def _explained(name: str, problem: str, *, hint: str | None = None) -> Iterator[
     try:
         yield
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, …: each library has its own
+        if memory_is_full(error):
+            less = "--dtype bfloat16 or --quantize int8 takes less, or a smaller model"
+            raise OutOfMemoryError(f"{name}: {problem}: the memory is full", hint=less) from error
         raise ModelError(f"{name}: {problem}: {_first_line(error)}", hint=hint) from error
 
 

@@ -67,8 +67,15 @@ class RowTokens:
         """The rows of a padded batch [B, T] without their padding, with the batch's aims where it has some.
 
         Raises:
-            DataError: a row's attention mask has a hole, or its positions restart: it is several documents.
+            DataError: there are no labels, a row's attention mask has a hole, or its positions restart: it is
+                several documents.
         """
+        missing = sorted({"input_ids", "labels"} - set(batch))
+        if missing:
+            raise DataError(
+                f"a training batch has no {' and no '.join(missing)}; it has {', '.join(sorted(batch))}",
+                hint="give a data_collator that makes them: prefixtune.data.Collator",
+            )
         ids_of, labels_of = batch["input_ids"].cpu(), batch["labels"].cpu()
         mask = batch.get("attention_mask", torch.ones_like(ids_of)).cpu() != 0
         aims = batch.get("aims") or [None] * len(mask)

@@ -26,6 +26,8 @@ def device_of(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cpu":  # there is one, whatever its number: tensors come from "cpu"
+            return torch.device("cpu")
         torch.zeros(1, device=device).item()  # it holds values: not so meta
     except (RuntimeError, AssertionError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from prefixtune.errors import ModelError
+from prefixtune.errors import ModelError, OutOfMemoryError, memory_is_full
 
 __all__ = ["let_go_of", "made_anew", "stored_tensors"]
 
@@ -31,6 +31,11 @@ def stored_tensors(files: Sequence[Path]) -> Tensors:
         try:
             found |= _torch_tensors(file) if file.suffix == ".bin" else _safe_tensors(file)
         except Exception as error:  # OSError, SafetensorError, UnpicklingError, …: each reader has its own
+            if memory_is_full(error):
+                raise OutOfMemoryError(
+                    f"{file}: its weights cannot be read: the memory is full",
+                    hint="close other programs, or take a smaller model",
+                ) from error
             raise ModelError(
                 f"{file}: its weights cannot be read: {error}", hint="fetch or save the model again"
             ) from error

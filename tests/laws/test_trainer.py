@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,13 @@ from oracle import A, without_dropout
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from families import VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
@@ -25,6 +32,7 @@ from prefixtune.optimizer import HeadwiseSoap
 from prefixtune.prefix import LayerKV
 from prefixtune.train import PrefixTrainer
 from prefixtune.train.retention import Retention
+from tokenizers_for_tests import byte_tokenizer
 
 few_families = pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "gemma3"])
 both_trainers = pytest.mark.parametrize("kind", ["plain", "ours"])
@@ -328,6 +336,27 @@ def test_what_would_have_no_effect_on_our_trainer_is_refused(
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
 
 
+def padding_tokenizer(side: str) -> Any:
+    tokenizer = copy.deepcopy(byte_tokenizer())  # there is one for all tests
+    tokenizer.padding_side, tokenizer.pad_token = side, "</s>"
+    return tokenizer
+
+
+def test_padding_on_the_left_is_padding_on_the_right(tmp_path: Path) -> None:
+    """Each token is a target, but a row's first one, which nothing predicts, wherever it stands."""
+
+    def trained(side: str) -> tuple[float, float, float]:
+        ours = trainer("ours", fresh("llama"), tmp_path, max_steps=1, logging_steps=1)
+        ours.data_collator = DataCollatorForLanguageModeling(padding_tokenizer(side), mlm=False)
+        ours.train_dataset = [{"input_ids": list(row.input_ids)} for row in rows()]
+        before = ours.evaluate(ours.train_dataset)["eval_loss"]
+        ours.train()
+        (first,) = (entry for entry in ours.state.log_history if "loss" in entry)
+        return before, first["loss"], first["grad_norm"]
+
+    assert trained("left") == pytest.approx(trained("right"), rel=1e-5)
+
+
 def test_rows_to_evaluate_may_be_mappings_as_those_to_train_on(tmp_path: Path) -> None:
     made = trainer("ours", fresh("llama"), tmp_path)
     pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
@@ -351,6 +380,22 @@ def test_half_precision_of_the_trainer_is_refused(tmp_path: Path) -> None:
     arguments.fp16 = True
     with pytest.raises(ConfigError, match="fp16: the prefix is trained in float32"):
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0)
+
+
+def test_a_base_in_float32_has_no_bfloat16_of_the_trainers(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=True)
+    with pytest.raises(ConfigError, match="bf16: the base computes in its own precision, float32"):
+        PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0)
+    half = PrefixModel(tiny_model("llama").bfloat16(), PrefixConfig(length=3, init="random"))
+    PrefixTrainer(model=half, args=arguments, pad_token_id=0)
+
+
+def test_a_collator_that_makes_no_labels_is_told(tmp_path: Path) -> None:
+    ours = trainer("ours", fresh("llama"), tmp_path)
+    ours.data_collator = DataCollatorWithPadding(padding_tokenizer("right"))
+    ours.train_dataset = [{"input_ids": list(row.input_ids)} for row in rows()]
+    with pytest.raises(DataError, match="a training batch has no labels; it has attention_mask, input_ids"):
+        ours.train()
 
 
 class _Skipping:

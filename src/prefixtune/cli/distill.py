@@ -77,10 +77,7 @@ def distill(
     written = _read(text) if text is not None else ""
 
     import prefixtune.distill as room
-    from prefixtune.memory import return_freed_memory
 
-    if config.gradient_checkpointing:  # as prefixtune train
-        return_freed_memory()
     found = room.distill(
         model=model,
         text=written,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from prefixtune.cli.output import Failure, describe_os_error, say
-from prefixtune.errors import PrefixTuneError
+from prefixtune.errors import PrefixTuneError, memory_is_full
 
 __all__ = ["Group", "debug_option"]
 
@@ -67,6 +67,8 @@ def _take_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None
 
 
 def _explain(error: Exception) -> Failure:
+    if memory_is_full(error):
+        return Failure("the memory is full", hint="smaller batches or shorter rows need less")
     if isinstance(error, OSError) and error.errno is not None:
         return describe_os_error(error)
     if "No space left on device" in str(error):  # safetensors and torch wrap it in exceptions of their own
@@ -75,8 +77,6 @@ def _explain(error: Exception) -> Failure:
         return Failure(
             "a checkpoint could not be written", hint="is the disk full? free some space, then --resume"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return Failure("the memory is full", hint="smaller batches or shorter rows need less")
     return Failure(
         f"internal error: {type(error).__name__}: {error}",
         hint="this is a mistake of ours: please report it with what prefixtune --debug … shows",

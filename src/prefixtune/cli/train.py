@@ -49,12 +49,7 @@ def train(
     )  # wrong values before any work
 
     import prefixtune.train as room
-    from prefixtune.memory import return_freed_memory
 
-    if (
-        config.gradient_checkpointing
-    ):  # who asks for less memory and more time gets both from the allocator too
-        return_freed_memory()
     result = room.train(
         model=model,
         data=data,

@@ -228,8 +228,8 @@ def _slack(base: nn.Module, setup: Setup, passing: int) -> int:
     config = text_config(base)
     heads = getattr(config, "num_attention_heads", None)
     whole = getattr(config, "_attn_implementation", None) == "eager" and not setup.packing
-    if setup.checkpointing or not whole or not isinstance(heads, int):
-        return slack  # with checkpointing, smaller blocks are mapped too
+    if setup.frees_at_once or not whole or not isinstance(heads, int):
+        return slack
 
     def scores(tokens: float) -> float:
         return len(setup.lengths) * heads * tokens * (setup.prefix.length + tokens) * torch.float32.itemsize

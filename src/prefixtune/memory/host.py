@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from prefixtune.errors import OutOfMemoryError
+from prefixtune.errors import OutOfMemoryError, PrefixTuneError, memory_is_full
 
 __all__ = [
     "budget",
@@ -171,19 +171,9 @@ def explain_full_memory(doing: str, *, hint: Callable[[], str]) -> Iterator[None
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_full(error):
+        if isinstance(error, PrefixTuneError) or not memory_is_full(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no memory is left"
         error.__traceback__ = None  # its frames hold the step's tensors
         gc.collect()
         raise OutOfMemoryError(f"{doing}: the memory is full ({reason[:200]})", hint=hint()) from None
-
-
-def _is_full(error: BaseException) -> bool:
-    """torch says it on CUDA by type and on the CPU by text."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return any(
-        words in text for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prefixtune.config import PrefixConfig
 from prefixtune.geometry import Geometry, text_config
-from prefixtune.loss import Passes, RowTokens
+from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.memory.tracker import LiveBytes, fake_copy_in_place
 from prefixtune.model import PrefixModel
 from prefixtune.prefix import LayerKV, Prefix, PrefixKV
@@ -76,6 +76,12 @@ class Setup:
     def tokens(self) -> int:
         """Of the largest pass, padding included."""
         return self.tokens_of(self.lengths, self.common)
+
+    @property
+    def frees_at_once(self) -> bool:
+        """Whether a run on a CPU gives freed blocks back: who recomputes asks for less memory at more time,
+        and of large padded passes one's blocks hardly fit the next one's, of other sizes (bench/LOG.md)."""
+        return self.checkpointing or (not self.packing and self.tokens > PASS_TOKENS)
 
     @property
     def eval_tokens(self) -> int:

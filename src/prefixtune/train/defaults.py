@@ -220,9 +220,11 @@ def packing_length_for(
     longest = max(examples, key=lambda example: len(example.input_ids))
     needed = len(longest.input_ids)
     if config.packing_length is not None and needed > config.packing_length:
+        cut = all(first_target(example.labels) < config.packing_length for example in examples)
         raise DataError(
             f"{longest.origin}: {needed} tokens do not fit a pass of packing_length {config.packing_length}",
-            hint=f"use --packing-length {needed}, or --max-length {config.packing_length}",
+            hint=f"use --packing-length {needed}"
+            + (f", or --max-length {config.packing_length}" if cut else ""),
         )
     if config.packing_length is not None:
         return config.packing_length

@@ -29,7 +29,13 @@ from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import check_ids
 from prefixtune.geometry import quiet_eval
 from prefixtune.load import LoadedBase, load_base
-from prefixtune.memory import Estimate, explain_full_memory, measured_peak, readable
+from prefixtune.memory import (
+    Estimate,
+    explain_full_memory,
+    measured_peak,
+    readable,
+    return_freed_memory,
+)
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train.build import add_retention, make_trainer
@@ -237,6 +243,8 @@ def train_examples(
         texts_kept=resume and (output / RETENTION).exists(),  # of a run that is replaced they go
     )
     estimate = forecast(prefix_model, setup, force=force)
+    if setup.frees_at_once:
+        return_freed_memory()
     if config.find_learning_rate and not resume:
         with explain_full_memory("the range test", hint=lambda: advice_for(prefix_model, setup, estimate)):
             test = find_learning_rate(base, examples, prefix=prefix_config, config=config, resolved=resolved)
@@ -245,7 +253,8 @@ def train_examples(
         files = {**(files or {}), RATES: test.to_json()}
         set_seed(config.seed)
     record = _record(asked, prefix_config, base, resolved)
-    with in_use(output) if is_first() else nullcontext():
+    full = explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup, estimate))
+    with in_use(output) if is_first() else nullcontext(), full:
         with first_alone():
             if is_first():
                 record_run(output, record, resume=resume, overwrite=overwrite, files=files)
@@ -265,9 +274,8 @@ def train_examples(
             note(f"bare model: {kind} {base_loss:.4f}")
         steps, rate = resolved["steps"], resolved["learning_rate"]
         note(f"{steps} steps, learning rate {rate:g}; Ctrl-C stops with a checkpoint, --resume goes on")
-        with explain_full_memory(str(output), hint=lambda: advice_for(prefix_model, setup, estimate)):
-            checkpoint = last_checkpoint(output, processes=processes) if resume else None
-            seconds = run(trainer, output, steps=steps, checkpoint=checkpoint)
+        checkpoint = last_checkpoint(output, processes=processes) if resume else None
+        seconds = run(trainer, output, steps=steps, checkpoint=checkpoint)
         return _finish(trainer, output, prefix_model, base_loss, seconds, rate, base, estimate)
 
 

@@ -24,6 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
+from prefixtune.chunked import IGNORED
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example, as_example
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
@@ -96,6 +97,12 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
                 "average_tokens_across_devices: a step's target tokens count the same in all processes",
                 hint="leave it at its default, True",
             )
+        base = self.accelerator.unwrap_model(self.model).base_model
+        if self.args.bf16 and base.dtype == torch.float32:
+            raise ConfigError(
+                "bf16: the base computes in its own precision, float32, so it would have no effect",
+                hint="load the base in bfloat16; the prefix is trained in float32 all the same",
+            )
         if self.args.fp16:  # Trainer would divide the gradients by the scale of a loss that has none
             raise ConfigError("fp16: the prefix is trained in float32", hint="load the base in float16")
 
@@ -147,6 +154,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
 
         It does so to give each process as many batches; one may be left with a batch of no row.
         """
+        batches = map(_without_first_targets, batches)
         shards = self.callback_handler.train_dataloader.batch_sampler
         filled = isinstance(shards, BatchSamplerShard) and shards.even_batches and not shards.drop_last
         for batch in batches:
@@ -248,6 +256,16 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _without_first_targets(batch: Any) -> Any:
+    """Nothing predicts a row's first token; Trainer would count it as a target behind padding on the left."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None or labels is None:
+        return batch
+    rows, first = torch.arange(len(labels), device=labels.device), (mask != 0).int().argmax(dim=1)
+    labels = labels.index_put((rows, first.to(labels.device)), torch.full_like(rows, IGNORED))
+    return {**batch, "labels": labels}
 
 
 def training_arguments(
