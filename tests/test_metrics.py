@@ -147,6 +147,7 @@ def test_json_is_read_however_deep_it_is_and_however_long_a_number() -> None:
         "json_equal": 1.0,
     }
     assert score(["json_equal"], [deep, digits], [[f"[{deep}]"], [f"{digits}1"]]) == {"json_equal": 0.0}
+    assert score(["json_equal"], [digits], [[f'"{digits}"']]) == {"json_equal": 0.0}
 
 
 def test_json_equal_refuses_a_reference_that_is_no_json() -> None:

@@ -51,12 +51,12 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _whole(digits: str) -> int | str:
-    """Python reads no number of more than 4,300 digits, which are JSON all the same."""
+def _whole(digits: str) -> int | tuple[str]:
+    """Python reads no number of more than 4,300 digits, which are JSON all the same: it equals itself."""
     try:
         return int(digits)
     except ValueError:
-        return digits
+        return (digits,)
 
 
 def _refuse(constant: str) -> NoReturn:
