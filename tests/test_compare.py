@@ -368,6 +368,18 @@ def test_a_peer_leaves_the_base_as_it_was(of: str, measured: Measured, model: Pa
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("base", "the model as it is"), ("prompt-tuning", "the training diverged")]
+)
+def test_a_loss_that_is_not_finite_is_the_trainings_only_where_there_was_one(
+    name: str, told: str, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.compare.cell.row_losses", lambda *_, **__: [float("inf")])
+    (cell,) = (cell for cell in measured.plan.cells if cell.method.name == name)
+    with pytest.raises(RunError, match=told):
+        run_cell(measured.plan, cell, measured.rows, tmp_path)
+
+
 def test_base_has_forgotten_nothing_and_text_before_it_is_no_training(measured: Measured) -> None:
     assert measured.cells["base"]["forgetting"] == 0.0
     assert measured.cells["prompt"]["forgetting"] != 0.0

@@ -256,7 +256,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Documents(torch.autograd.Function):
-    """The plain case by hand: keeps the weights of each batch in the model's precision, and no scores."""
+    """The plain case by hand: keeps the weights of each batch in the model's precision, and no scores.
+
+    Keys and values, which several tiles have, are kept once and gathered again for the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -275,7 +278,7 @@ class _Documents(torch.autograd.Function):
         queries = _rows(query, kv_heads)
         keys, values = _joined(key, prefix_key), _joined(value, prefix_value)
         out = value.new_empty(tokens * kv_heads, heads // kv_heads * value.shape[2])
-        kept = []
+        kept = [keys, values]
         for batch in ctx.batches:
             many, rows, width = batch.mask.shape
             q = _take(queries, batch.queries, (many, rows, dim))
@@ -285,7 +288,7 @@ class _Documents(torch.autograd.Function):
             scores = torch.baddbmm(batch.mask.to(wide.dtype), wide, _wide(k).transpose(1, 2), alpha=scale)
             weights = torch.softmax(scores, dim=2).to(query.dtype)  # [n*K, S*G, W]
             out.index_copy_(0, batch.queries, (weights @ v).view(-1, out.shape[1]))
-            kept += [q, k, v, weights]
+            kept += [q, weights]
         ctx.save_for_backward(*kept)
         return out.view(tokens, heads, -1)
 
@@ -293,19 +296,23 @@ class _Documents(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (tokens, heads, value_dim), kept = gradient.shape, iter(ctx.saved_tensors)
         (length, key_dtype, value_dtype), kv_heads, dim = ctx.prefix, ctx.kv_heads, ctx.dim
+        keys, values = next(kept), next(kept)
         gradients = gradient.reshape(tokens * kv_heads, -1)  # [T*K, G*Dv]
         sums = _wide(gradients[:0])  # over the tiles that a key is in: float32
         of_key = sums.new_zeros((length + tokens) * kv_heads, dim)
         of_value = sums.new_zeros((length + tokens) * kv_heads, value_dim)
         of_query = gradients.new_empty(tokens * kv_heads, heads // kv_heads * dim)
         for batch in ctx.batches:
-            q, k, v, weights = (next(kept) for _ in range(4))
+            q, weights = next(kept), next(kept)
+            many, _, width = weights.shape
+            v = _take(values, batch.keys, (many, width, value_dim))
             out = _take(gradients, batch.queries, (*weights.shape[:2], value_dim))
             of_value.index_add_(0, batch.keys, _wide(weights.transpose(1, 2) @ out).flatten(0, 1))
             of_weights = out @ v.transpose(1, 2)
             of_scores = torch._softmax_backward_data(of_weights, weights, 2, weights.dtype)  # float32 within
             of_key.index_add_(0, batch.keys, _wide(of_scores.transpose(1, 2) @ q).flatten(0, 1))
             if ctx.needs_input_grad[0]:
+                k = _take(keys, batch.keys, (many, width, dim))
                 of_query.index_copy_(0, batch.queries, (of_scores @ k).view(-1, of_query.shape[1]))
         by_key, by_value = (
             total.view(-1, kv_heads, total.shape[1]).transpose(0, 1)  # [K, P+T, D]

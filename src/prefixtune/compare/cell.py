@@ -330,9 +330,11 @@ def _measure(plan: Plan, contender: Contender, tokenizer: Any, rows: Rows, folde
     nats = sum(row_losses(model, examples, pad_token_id=pad))
     loss = nats / sum(example.target_tokens for example in examples)
     if not math.isfinite(loss):
-        raise RunError(
-            "the training diverged: the loss is no longer finite", hint="use a lower learning_rate"
-        )
+        if contender.losses:
+            raise RunError(
+                "the training diverged: the loss is no longer finite", hint="use a lower learning_rate"
+            )
+        raise RunError("the loss of the model as it is is not finite", hint="try --dtype float32")
     found: dict[str, Any] = {"dev_loss": loss, "forgetting": None, **score_answers((), [], [])}
     if plan.config.metrics:
         answers = _answers(plan, contender, tokenizer, rows.questions)

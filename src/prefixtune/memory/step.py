@@ -80,7 +80,7 @@ class Setup:
     @property
     def frees_at_once(self) -> bool:
         """Whether a run on a CPU gives freed blocks back: who recomputes asks for less memory at more time,
-        and of large padded passes one's blocks hardly fit the next one's, of other sizes (bench/LOG.md)."""
+        and of large padded passes one's blocks hardly fit the next one's, of other sizes (docs/memory.md)."""
         return self.checkpointing or (not self.packing and self.tokens > PASS_TOKENS)
 
     @property
