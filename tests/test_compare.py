@@ -1036,6 +1036,20 @@ def test_cells_behind_few_positions_are_measured_to_the_end(tmp_path: Path) -> N
     assert all(cell["forgetting"] is not None for cell in cells.values())
 
 
+def test_a_row_without_a_prompt_is_told_where_answers_are_made(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text('[{"input": "", "output": "a b"}, {"input": "q", "output": "a"}]', encoding="utf-8")
+
+    def made(*metrics: str) -> Rows:
+        values = {"model": str(model), "train": str(file), "eval": str(file), "methods": ("base",)}
+        more = {"metrics": metrics, "forgetting": False, "dtype": "float32"}
+        return make_rows(plan_of({**values, **more}, data={"template": "{input}{output}"}))
+
+    assert len(made().questions) == 2
+    with pytest.raises(DataError, match=r"rows\.json:1: the prompt is empty"):
+        made("exact_match")
+
+
 def test_a_context_that_leaves_a_row_no_positions_is_told_before_any_cell(tmp_path: Path) -> None:
     plan = make_plan(
         make_model(tmp_path, "gpt2"), methods=("prompt",), instruction="i" * 110, forgetting=False

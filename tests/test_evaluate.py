@@ -396,6 +396,14 @@ def test_a_reference_that_cannot_be_used_is_told_with_its_own_row(options: Any, 
         evaluate(bare(), TOKENIZER, rows, DataConfig(), progress=False, **options)
 
 
+def test_a_row_without_a_prompt_has_a_loss_and_nothing_to_ask() -> None:
+    config = DataConfig(template="{instruction}{output}")
+    rows = asked(("one", "yes"), ("", "no"))
+    with pytest.raises(DataError, match="r:2: the prompt is empty"):
+        evaluate(bare(), TOKENIZER, rows, config, progress=False)
+    assert evaluate(bare(), TOKENIZER, rows, config, exact_match=False, progress=False).rows == 2
+
+
 def test_an_empty_reference_is_no_label_and_is_told_with_its_row() -> None:
     rows = asked(("one", "yes"), ("two", "no"), ("three", " "))
     with pytest.raises(DataError, match="r:3: accuracy: the reference is empty") as told:

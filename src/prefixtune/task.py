@@ -5,7 +5,7 @@ Rows with the same prompt are one input, and what they want are its references.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from prefixtune.metrics import (
     try_metrics,
 )
 
-__all__ = ["ACCURACY", "Input", "Result", "Task", "check_task", "inputs_of"]
+__all__ = ["ACCURACY", "Input", "Result", "Task", "check_prompts", "check_task", "inputs_of"]
 
 ACCURACY = "accuracy"  # by likelihood, so it needs the model and not its answers
 FEW = 20  # distinct references are taken for labels up to so many
@@ -71,6 +71,16 @@ def inputs_of(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[I
                 known.references.append(prompt.reference)
                 known.origins.append(prompt.origin)
     return list(inputs.values())
+
+
+def check_prompts(prompts: Iterable[Prompt]) -> None:
+    """Raise DataError where nothing can be asked."""
+    for prompt in prompts:
+        if not prompt.input_ids:
+            raise DataError(
+                f"{prompt.origin}: the prompt is empty: there is no token from which the model could go on",
+                hint="take the row out, or put a text before the target with --template",
+            )
 
 
 def check_task(metrics: Sequence[str], labels: Sequence[str], language: str) -> None:
@@ -129,6 +139,7 @@ class Task:
         """
         check_task(metrics, labels, language)
         inputs = inputs_of(rows, tokenizer, data_config) if metrics else []
+        check_prompts(one.prompt for one in inputs)
         references, origins = [one.references for one in inputs], [one.origins for one in inputs]
         check_references(metrics, references, origins, language=language)
         own = [name for name in metrics if ":" in name]

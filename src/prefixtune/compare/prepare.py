@@ -22,7 +22,7 @@ from prefixtune.geometry import Geometry, text_config
 from prefixtune.likelihood import row_losses
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.progress import note
-from prefixtune.task import inputs_of
+from prefixtune.task import check_prompts, inputs_of
 from prefixtune.train.defaults import length_for, positions_of
 
 __all__ = ["make_rows"]
@@ -54,7 +54,10 @@ def make_rows(plan: Plan) -> Rows:
             f"{len(read):,} there are {kept:,}",
             hint="take the others out of the file, or ask for fewer train_rows",
         )
-    questions, measured = _evaluation(eval_read, base.tokenizer, plan.data, config.eval_rows or EVAL_ROWS)
+    eval_rows = config.eval_rows or EVAL_ROWS
+    questions, measured = _evaluation(
+        eval_read, base.tokenizer, plan.data, eval_rows, answered=bool(config.metrics)
+    )
     if config.eval_rows and len(questions) < config.eval_rows:
         raise DataError(
             f"{config.eval}: expected {config.eval_rows:,} inputs to measure on; got {len(questions):,}",
@@ -177,10 +180,12 @@ def _described(model: Any) -> dict[str, Any]:
 
 
 def _evaluation(
-    rows: Sequence[Row], tokenizer: Any, data: DataConfig, inputs: int
+    rows: Sequence[Row], tokenizer: Any, data: DataConfig, inputs: int, *, answered: bool
 ) -> tuple[list[Question], list[Row]]:
     """The first inputs with all their references, and the rows that the loss is measured on."""
     first = inputs_of(rows, tokenizer, data)[:inputs]
+    if answered:
+        check_prompts(one.prompt for one in first)
     wanted = {one.prompt.input_ids for one in first}
     questions = [
         Question(

@@ -225,11 +225,6 @@ def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> li
             if config.on_no_target == "error":
                 raise
             continue
-        if not prompt.input_ids:
-            raise DataError(
-                f"{row.origin}: the prompt is empty, so there is no token from which the model could go on",
-                hint="take the row out, or put a text before it with --template",
-            )
         prompts.append(
             Prompt(
                 input_ids=tuple(prompt.input_ids),
