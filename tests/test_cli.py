@@ -560,6 +560,20 @@ def test_evaluate_measures_forgetting_on_text_of_the_base_or_of_ones_own(
     assert "forgetting" in succeed(*common, "--forgetting-text", tmp_path / "own.txt").stdout
 
 
+def test_evaluate_measures_forgetting_where_a_prefix_leaves_few_positions(tmp_path: Path) -> None:
+    tokenizer, rows = byte_tokenizer(), tmp_path / "rows.csv"
+    tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")  # of 128 positions
+    tokenizer.save_pretrained(tmp_path / "model")
+    base = load_base(str(tmp_path / "model"), dtype="float32")
+    PrefixModel(base.model, PrefixConfig(length=60, init="random")).save_pretrained(tmp_path / "prefix")
+    rows.write_text("instruction,input,output\na,b,c\n")
+    (tmp_path / "own.txt").write_text("qz" * 500)
+    common = ["evaluate", "--model", tmp_path / "model", "--prefix", tmp_path / "prefix", "--data", rows]
+    common += ["--no-exact-match", "--dtype", "float32", "--json"]
+    for option in (["--forgetting"], ["--forgetting-text", tmp_path / "own.txt"]):
+        assert json.loads(succeed(*common, *option).stdout)["forgetting_detail"]["tokens"] > 0
+
+
 def test_own_metric_is_found_in_the_working_folder(
     trained: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

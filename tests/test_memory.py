@@ -716,6 +716,15 @@ def test_weights_that_are_damaged_are_told_with_their_file(tmp_path: Path, name:
     assert "internal error" not in told.stderr
 
 
+def test_full_memory_is_not_told_as_damaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unable to mmap 9 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("prefixtune.weights.safe_open", full)
+    with pytest.raises(OutOfMemoryError, match="its weights cannot be read: the memory is full"):
+        stored_tensors([tmp_path / "a.safetensors"])
+
+
 def routed(dtype: torch.dtype) -> Any:
     """A mixture of experts as GLM-4.5 is stored: its router has a buffer, which is float32 in any case."""
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}

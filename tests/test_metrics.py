@@ -141,13 +141,15 @@ def test_json_equal_does_not_see_spaces_order_of_keys_or_how_a_number_is_written
 
 
 def test_json_is_read_however_deep_it_is_and_however_long_a_number() -> None:
-    deep, digits = "[" * 900 + "]" * 900, "1" * 5000  # Python compares 500 deep, and reads 4,300 digits
+    deep, digits = "[" * 900 + "]" * 900, "1" * 5000  # Python recurses less deep, and reads 4,300 digits
     assert score(["json", "json_equal"], [deep, digits], [[deep], [digits]]) == {
         "json": 1.0,
         "json_equal": 1.0,
     }
     assert score(["json_equal"], [deep, digits], [[f"[{deep}]"], [f"{digits}1"]]) == {"json_equal": 0.0}
     assert score(["json_equal"], [digits], [[f'"{digits}"']]) == {"json_equal": 0.0}
+    turned = [f"{deep[:900]}{{{keys}}}{deep[900:]}" for keys in ('"a": 1, "b": true', '"b": true, "a": 1.0')]
+    assert score(["json_equal"], turned[:1], [turned[1:]]) == {"json_equal": 1.0}
 
 
 def test_json_equal_refuses_a_reference_that_is_no_json() -> None:

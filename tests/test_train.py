@@ -1062,6 +1062,9 @@ def test_packing_length_below_a_row_names_the_row_and_nothing_is_written(place: 
     assert re.search(r"rows\.jsonl:\d+: \d+ tokens do not fit a pass of packing_length 6", told)
     assert "use --packing-length" in told
     assert "--max-length" not in told  # with 6 tokens no row would have a target
+    longest = int(re.findall(r"(\d+) tokens do not fit", told)[0])
+    told = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--packing-length", longest - 1))
+    assert f"or --max-length {longest - 1}" in told
     assert not (tmp_path / "run").exists()
 
 

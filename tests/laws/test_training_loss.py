@@ -138,6 +138,19 @@ def test_first_target_is_one_that_something_predicts(labels, expected):
     assert first_target(labels) == expected
 
 
+def test_attention_keeps_keys_and_values_once_however_many_tiles_have_them():
+    heads, kv_heads, dim, tokens = 4, 2, 8, 300
+    layout = Layout((200, 100), PREFIX, None, torch.device("cpu"))
+    query = torch.randn(heads, tokens, dim, requires_grad=True)
+    key, value = (torch.randn(kv_heads, tokens, dim, requires_grad=True) for _ in range(2))
+    prefix = tuple(torch.randn(kv_heads, PREFIX, dim, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        attend_documents(query, key, value, prefix, layout, scale=0.3)
+    weights = sum(batch.mask.numel() for batch in layout.batches(heads, kv_heads))
+    assert sum(kept) == query.numel() + 2 * kv_heads * (PREFIX + tokens) * dim + weights
+
+
 @pytest.mark.parametrize("family", FAMILIES + EXTRA)
 def test_divergence_from_a_teacher_equals_that_of_each_row_alone_with_whole_logits(family):
     base = tiny_model(family).requires_grad_(False)

@@ -136,8 +136,10 @@ def evaluate(
             print_json({**result.to_dict(), "samples": result.samples[:rows]})
         else:
             _print(result, rows, loaded.name)
-    for name, error in {**result.base_failed_metrics, **result.failed_metrics}.items():
-        raise ConfigError(f"metric {name} could not be measured: {error}")
+    failed = {**result.base_failed_metrics, **result.failed_metrics}
+    if failed:
+        told = "; ".join(f"metric {name} could not be measured: {error}" for name, error in failed.items())
+        raise ConfigError(told)
 
 
 def _neutral(loaded: Any, path: Path | None, *, seed: int) -> Any:

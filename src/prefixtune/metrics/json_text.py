@@ -24,7 +24,7 @@ def json_equal(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     """
     check_json(references)
     hits = [
-        _parses(prediction) and any(_equal(prediction, text) for text in texts)
+        _parses(prediction) and any(_same(_parse(prediction), _parse(text)) for text in texts)
         for prediction, texts in zip(predictions, references, strict=True)
     ]
     return sum(hits) / len(hits)
@@ -63,19 +63,22 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _equal(one: str, other: str) -> bool:
-    try:
-        return _same(_parse(one), _parse(other))
-    except RecursionError:  # deeper than Python compares: told apart by how it is written
-        return "".join(one.split()) == "".join(other.split())
-
-
 def _same(one: Any, other: Any) -> bool:
-    """Equality of JSON: 1 is 1.0, but not true, which Python takes for equal."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+    """Equality of JSON, however deep: 1 is 1.0, but not true, which Python takes for equal."""
+    pairs = [(one, other)]
+    while pairs:
+        one, other = pairs.pop()
+        if isinstance(one, bool) or isinstance(other, bool):
+            if one is not other:
+                return False
+        elif isinstance(one, dict) and isinstance(other, dict):
+            if one.keys() != other.keys():
+                return False
+            pairs += [(one[key], other[key]) for key in one]
+        elif isinstance(one, list) and isinstance(other, list):
+            if len(one) != len(other):
+                return False
+            pairs += zip(one, other, strict=True)
+        elif one != other:
+            return False
+    return True
