@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from families import EXTRA, FAMILIES, tiny_model
+from prefixtune.attachment import packed
 from prefixtune.attachment.head import decoder_of
 from prefixtune.attachment.lean import lean
 
@@ -61,6 +62,19 @@ def test_norms_activations_and_rotary_embeddings_of_each_layer_take_part():
     decoder = decoder_of(tiny_model("llama").requires_grad_(False))
     with lean(decoder):
         assert len(own_forwards(decoder)) == 2 * 4 + 1
+
+
+def test_packs_run_so_and_nothing_else_does():
+    base = tiny_model("llama").requires_grad_(False)
+    decoder, ids = decoder_of(base), torch.arange(9)[None] + 3
+    seen = []
+    decoder.layers[0].register_forward_pre_hook(lambda *_: seen.append(len(own_forwards(decoder))))
+    with torch.no_grad(), packed(base, None, (4, 5)) as hidden_of:
+        seen.clear()  # what finds out the model's shapes
+        hidden_of(ids)
+    with torch.no_grad():
+        base(input_ids=ids)
+    assert seen == [2 * 4 + 1, 0]
 
 
 def test_a_backward_pass_keeps_less():
