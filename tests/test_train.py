@@ -1097,23 +1097,3 @@ def test_rows_that_cannot_be_packed_are_told(place: Path, tmp_path: Path) -> Non
     told = succeed(*options(tmp_path / "place", tmp_path / "run", *SHORT_RUN)).stderr
     assert re.search(r"rows of similar length share a pass: bloom has\s+alibi", told)
     assert "packed" in fail(*options(tmp_path / "place", tmp_path / "other", *SHORT_RUN, "--compile"), code=2)
-
-
-def test_compiled_layers_learn_what_plain_ones_do(
-    steady: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # torch would run plain layers from then on, and only warn: neutral text is sampled with a cache
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    found = []
-    for name, more in (("plain", []), ("compiled", ["--compile"])):
-        succeed(*options(steady, tmp_path / name, *EVERY_LOSS, *more, evaluates=False))
-        found.append(logged(tmp_path / name, "loss"))
-    assert found[1] == [(step, pytest.approx(loss, rel=2e-3)) for step, loss in found[0]]
-
-
-def test_compiling_without_a_compiler_is_told_before_the_run(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    told = fail(*options(place, tmp_path / "run", *SHORT_RUN, "--compile"), code=2)
-    assert "C++ compiler" in told

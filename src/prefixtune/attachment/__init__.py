@@ -19,7 +19,7 @@ halves), and `packed` with `documents` (several documents in one row without pad
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
 from prefixtune.attachment.forward import position_limit
 from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
-from prefixtune.attachment.packed import compile_layers, packed, packs
+from prefixtune.attachment.packed import compile_layers, packed, packs, uncompile_layers
 from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
 from prefixtune.attachment.session import attach, attach_pairs, supported
 
@@ -42,4 +42,5 @@ __all__ = [
     "row_runner",
     "splits",
     "supported",
+    "uncompile_layers",
 ]

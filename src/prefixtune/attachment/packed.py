@@ -33,9 +33,20 @@ from prefixtune.errors import AttachError, ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, has_values, is_exact, meta_ready, quiet_eval, text_config
 from prefixtune.prefix import PrefixKV
 
-__all__ = ["attending", "attention_configs", "compile_layers", "packed", "packs", "refuse_extras"]
+__all__ = [
+    "attending",
+    "attention_configs",
+    "compile_layers",
+    "packed",
+    "packs",
+    "refuse_extras",
+    "uncompile_layers",
+]
 
 NAME = "prefixtune_packed"
+# of a compiled layer: by its input's gradient, mode and precision. Torch's limit of 8 is for all bases of a
+# process together, and what lies beyond it runs uncompiled.
+VARIANTS = 64
 T = TypeVar("T")
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _ACTIVE: dict[int, _Pack] = {}  # by id of the config that an attention module reads, while a pack is run
@@ -175,25 +186,55 @@ AttentionInterface.register(NAME, _uncompiled(_packed_attention))
 
 
 def compile_layers(base: nn.Module) -> None:
-    """Compile each decoder layer but for its attention, for packs of any length; the first pass takes long.
+    """Compile each decoder layer but for its attention, for packs of any length, and try it on a few tokens.
 
     Only packs run through compiled layers. Each pass with a KV cache differs from the last in what a layer
     was compiled for: after eight of them torch would run the packs too as if nothing were compiled.
 
     Raises:
-        ConfigError: there is no C++ compiler, which torch.compile needs on a CPU.
+        ConfigError: there is no C++ compiler, which torch.compile needs on a CPU; or the compiled layers
+            fail, or give other hidden states. The base runs uncompiled then.
     """
+    if base in _COMPILED:
+        return
     if next(base.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ConfigError(
             "compile: torch.compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++",
             hint="install one, or leave --compile out",
         )
+    plain = _tried(base)
     _COMPILED[base] = []
     for layer in decoder_of(base).modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.compile(dynamic=True)
             _COMPILED[base].append((layer, layer._compiled_call_impl))
             layer._compiled_call_impl = None
+    try:
+        why = _unlike(_tried(base), plain, base)
+    except Exception as error:  # whatever a compiler, or what it made, may raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if why:
+        uncompile_layers(base)
+        raise ConfigError(f"compile: torch.compile does not do on this model: {why}", hint="leave it out")
+
+
+def uncompile_layers(base: nn.Module) -> None:
+    """Let packs run through the layers as they are again."""
+    _COMPILED.pop(base, None)
+
+
+def _tried(base: nn.Module) -> Tensor:
+    """Hidden states of a small pack behind a small prefix; the backward pass is run too."""
+    lengths = (20, 12)
+    ids, text = _trial_ids(base, sum(lengths)), _trial_ids(base, 4)
+    pairs = [
+        (layer.key.requires_grad_(), layer.value.requires_grad_())
+        for layer in PrefixKV.from_tokens(base, text).layers
+    ]
+    with quiet_eval(base), torch.enable_grad(), packed(base, pairs, lengths) as run:
+        found = run(ids)
+        torch.autograd.grad(found.float().square().mean(), [t for pair in pairs for t in pair])
+    return found.detach().float()
 
 
 def _quicker(base: nn.Module) -> AbstractContextManager[None]:
@@ -203,11 +244,13 @@ def _quicker(base: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _compiled(base: nn.Module) -> Iterator[None]:
     """Within the block the layers of a base that was given to `compile_layers` are compiled."""
-    layers = _COMPILED.get(base, [])
+    layers = _COMPILED[base]
     for layer, compiled in layers:
         layer._compiled_call_impl = compiled
+    dynamo: Any = torch._dynamo.config
     try:
-        yield
+        with dynamo.patch(recompile_limit=VARIANTS):
+            yield
     finally:
         for layer, _ in layers:
             layer._compiled_call_impl = None
@@ -231,8 +274,7 @@ def _why_not(base: nn.Module) -> str:
         return f"{config.model_type} has alibi, a bias that is built for a whole row"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} has layers that attend in chunks of the row"
-    ids = (torch.arange(16, device=weight.device) * 131 + 7)[None] % config.vocab_size
-    text, ids = ids[:, :4], ids[:, 4:]
+    text, ids = _trial_ids(base, 4), _trial_ids(base, 16)[:, 4:]
     lengths = (7, 5)
     try:
         with quiet_eval(base):
@@ -242,16 +284,30 @@ def _why_not(base: nn.Module) -> str:
                 return ""
             pairs = [(layer.key, layer.value) for layer in PrefixKV.from_tokens(base, text).layers]
             with attach_pairs(base, pairs, name="trial"):
-                alone = [last_hidden(base, input_ids=part)[0].float() for part in ids.split(lengths, dim=1)]
+                alone = [
+                    last_hidden(base, input_ids=part)[0].float()
+                    for part in (ids[:, : lengths[0]], ids[:, lengths[0] :])
+                ]
             with packed(base, pairs, lengths) as run:
                 together = run(ids).float()
     except (LookupError, ValueError, AttributeError, TypeError, RuntimeError, UnsupportedModelError) as error:
         return f"{config.model_type} cannot be told where documents begin ({error})"
-    expected = torch.cat(alone)
-    error_norm = float((together - expected).norm() / expected.norm().clamp_min(1e-12))
-    if not error_norm <= (1e-4 if is_exact(base) else 0.05):
-        return f"{config.model_type} gives packed documents other hidden states (off by {error_norm:.1g})"
+    if why := _unlike(together, torch.cat(alone), base):
+        return f"{config.model_type} gives packed documents {why}"
     return ""
+
+
+def _trial_ids(base: nn.Module, tokens: int) -> Tensor:
+    """[1, tokens] ids, as good as any."""
+    device = next(base.parameters()).device
+    ids: Tensor = (torch.arange(tokens, device=device) * 131 + 7)[None] % text_config(base).vocab_size
+    return ids
+
+
+def _unlike(found: Tensor, expected: Tensor, base: nn.Module) -> str:
+    """What tells two tensors of hidden states apart, beyond rounding; empty where nothing does."""
+    off = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    return "" if off <= (1e-4 if is_exact(base) else 0.05) else f"other hidden states (off by {off:.1g})"
 
 
 def _shapes_only(base: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -198,7 +198,7 @@ def _ours(
             "steps": resolved["steps"],
             "batch": config.per_device_train_batch_size,
             **{name: getattr(config, name) for name in (*ALL_PEERS, "retain")},
-            **{name: resolved[name] for name in ("learning_rate", "token_damping")},
+            **{name: resolved[name] for name in ("learning_rate", "token_damping", "compile")},
             **came_to,
         },
         losses=_losses(trainer),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from prefixtune.attachment import compile_layers, packs, position_limit
+from prefixtune.attachment import compile_layers, packs, position_limit, uncompile_layers
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
@@ -91,6 +91,11 @@ def make_trainer(
     if pad_token_id is None:
         pad_token_id = ending(model.base_model, tokenizer)["pad_token_id"]
     passes = _passes(model.base_model, config, resolved["packing_length"], pad_token_id)
+    # a run of an earlier version has recorded what was asked alone
+    if resolved.get("compile", config.compile):
+        compile_base(model.base_model, packing=passes.packing, asked=bool(config.compile))
+    else:
+        uncompile_layers(model.base_model)  # of an earlier run in this process
     return _trainer(
         kind,
         output,
@@ -151,17 +156,27 @@ def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: i
         note(f"rows are packed, up to {capacity} tokens in a pass")
     elif config.packing:
         note(f"rows of similar length share a pass: {packs(base)}; up to {capacity} tokens")
-    if config.compile:
-        compile_base(base, packing=found.packing)
     return found
 
 
-def compile_base(base: nn.Module, *, packing: bool) -> None:
+def compile_base(base: nn.Module, *, packing: bool, asked: bool = True) -> None:
     """Compile the layers of a base that is trained with packed rows.
 
+    Args:
+        asked: somebody wants it; else the base stays as it is, which is told, where it cannot be compiled.
+
     Raises:
-        ConfigError: the rows are not packed, or there is no compiler.
+        ConfigError: it was asked for, and the rows are not packed, or the layers cannot be compiled.
     """
     if not packing:
         raise ConfigError("compile: only packed rows run through compiled layers", hint="leave it out")
-    compile_layers(base)
+    note(
+        "the layers are compiled, which takes half a minute"
+        + ("" if asked else "; --no-compile leaves it out")
+    )
+    try:
+        compile_layers(base)
+    except ConfigError as error:
+        if asked:
+            raise
+        note(f"they run uncompiled: {error}")

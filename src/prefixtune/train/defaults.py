@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from prefixtune.attachment import packs
 from prefixtune.config import PrefixConfig, TrainConfig, check_damping
 from prefixtune.data import Example
@@ -23,6 +25,7 @@ __all__ = [
     "LONGEST_LENGTH",
     "check_lengths",
     "check_options",
+    "compiled_for",
     "default_learning_rate",
     "default_length",
     "default_start",
@@ -46,6 +49,9 @@ EPOCHS, MANY_STEPS = 2, 500
 FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # Rows whose targets are labels have little to learn by heart, and few targets in a step
 LABELS, FEWEST_LABEL_STEPS = 10, 50
+# operations of a run from which on compiled layers take less time with the half minute that compiling takes:
+# ten minutes where a tenth is won, half an hour where a twentieth is (docs/speed.md)
+COMPILED_FROM = 2e14
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011), and so are labels (docs/defaults.md).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
@@ -209,6 +215,7 @@ def resolve(
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
         "packing_length": packing_length_for(config, examples, base.model, pass_tokens=pass_tokens),
+        "compile": compiled_for(config, base, examples, processes=processes),
         "rows": digest(examples),
         "processes": processes,
     }
@@ -232,6 +239,26 @@ def packing_length_for(
     first_targets = [first_target(example.labels) for example in examples]
     ids = [example.input_ids for example in examples]
     return default_capacity(ids, first_targets, packing=packing, tokens=pass_tokens)
+
+
+def compiled_for(
+    config: TrainConfig, base: LoadedBase, examples: Sequence[Example], *, processes: int = 1
+) -> bool:
+    """Whether a run's layers are compiled: as the configuration says, else where that was measured to pay.
+
+    The measurements are of packs in bfloat16 on a CPU, a base as it is loaded, and one process.
+    """
+    if config.compile is not None:
+        return config.compile
+    model: Any = base.model
+    measured = model.device.type == "cpu" and model.dtype == torch.bfloat16 and base.quantization is None
+    if not measured or processes > 1 or config.gradient_checkpointing or not config.packing or packs(model):
+        return False
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps = planned_steps(config, [example.target_tokens for example in examples])
+    tokens = steps * rows * sum(len(example.input_ids) for example in examples) / len(examples)
+    operations = 4 * model.num_parameters(exclude_embeddings=True) * tokens  # two each way
+    return bool(operations >= COMPILED_FROM)
 
 
 def _are_labels(targets: Sequence[int]) -> bool:

@@ -43,6 +43,7 @@ from prefixtune.train.callbacks import BEST
 from prefixtune.train.defaults import (
     check_lengths,
     check_options,
+    compiled_for,
     digest,
     packing_length_for,
     prefix_config_of,
@@ -228,6 +229,9 @@ def train_examples(
         if config.packing_length != began["asked"]["train_config"].get("packing_length"):
             length = packing_length_for(config, examples, base.model, pass_tokens=room())
             resolved = {**resolved, "packing_length": length}
+        if config.compile != began["asked"]["train_config"].get("compile"):
+            compiled = compiled_for(config, base, examples, processes=processes)
+            resolved = {**resolved, "compile": compiled}
     else:
         resolved = resolve(config, prefix_config, base, examples, processes=processes, pass_tokens=room())
         resolved |= {name: found for name, (_, found) in same.items()}
