@@ -338,6 +338,7 @@ MODELS = {
     "bert": "encoder",
     "nothing.gguf": "no such folder or file",
     "rows.jsonl": "expected a hub name",
+    "no-weights/config.json": "no weights, no tokenizer",
     "prefix": "prefix folder",
 }
 

@@ -27,7 +27,7 @@ from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, PeerConfig, Plan, compare, plan_of, read_file
 from prefixtune.compare.cell import _after, _in_context, run_cell
 from prefixtune.compare.child import _run as run_child
-from prefixtune.compare.peers import peer_model, peer_trainer, summed_loss
+from prefixtune.compare.peers import lora_config, peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import machines_of, result_rows, spread
 from prefixtune.compare.rows import Rows
@@ -610,6 +610,35 @@ def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path
     assert plan.data.fields == "input=mr"
     big = plan.methods[1]
     assert (big.of, big.peer.rank, big.peer.learning_rate) == ("lora", 64, METHODS["lora"].peer.learning_rate)
+
+
+def test_peft_projection_is_said_to_start_from_the_noise_that_it_starts_from() -> None:
+    def planned(**table: Any) -> Plan:
+        options = {"train": "t", "eval": "e", "methods": ("mine",)}
+        return plan_of(options, settings={"mine": {"of": "peft-prefix", "projection": True, **table}})
+
+    for table in ({}, {"init": "random"}):
+        assert planned(**table).methods[0].shown()["init"] == "random"
+    with pytest.raises(ConfigError, match=r"settings\.mine: init: PEFT's projection starts from noise"):
+        planned(init="text")
+    assert METHODS["peft-prefix"].shown()["init"] == "text"
+
+
+def test_an_instruction_that_no_method_reads_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "only the method prompt reads it"
+    for methods in (("base", "prompt"), ("base",)):
+        assert said not in capsys.readouterr().err
+        plan_of({"train": "t", "eval": "e", "methods": methods, "instruction": "Be brief."})
+    assert said in capsys.readouterr().err
+
+
+def test_lora_leaves_out_a_router_that_gives_more_than_a_tensor() -> None:
+    base = tiny_model("llama4")
+    names = lora_config(base, like=10_000, targets="all-linear").target_modules
+    assert not any(name.endswith("router") for name in names)
+    assert any(name.endswith("q_proj") for name in names)
+    falcon = tiny_model("falcon")  # its linear layers have a forward of their own
+    assert len(lora_config(falcon, like=10_000, targets="all-linear").target_modules) == 8
 
 
 def test_tables_say_the_same_in_any_order() -> None:

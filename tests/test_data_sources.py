@@ -110,7 +110,7 @@ def test_a_unicode_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> N
 
 def test_origin_of_an_array_element_is_the_line_on_which_it_starts(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.json", '[\n{"a": "1"}, {"a":\n"2"},\n\n  {"a": "3"}\n]\n')
-    assert [row.origin for row in load_rows(source)] == ["rows.json:2", "rows.json:2", "rows.json:5"]
+    assert [row.origin for row in load_rows(source)] == ["rows.json:2", "rows.json:2 (row 2)", "rows.json:5"]
 
 
 def test_origin_of_a_csv_row_is_the_physical_line_on_which_it_starts(tmp_path: Path) -> None:
@@ -198,6 +198,8 @@ BAD = {
     "the same field twice": ("a.jsonl", b'{"a": "1", "a": "2"}', "a.jsonl:1: column 1: malformed JSON: "
                              "the object has the field 'a' twice"),
     "array of texts": ("a.json", b'[\n"one",\n"two"]', "a.json:2: expected an object"),
+    "the second row of a line": ("a.json", b'[{"a": 1}, 2]', "a.json:1 (row 2): expected an object"),
+    "the third of three lines": ("a.json", b'[{"a": 1},\n {},\n 3]', "a.json:3: expected an object"),
     "array of lists": ("a.json", b'[[1, 2]]', "a.json:1: expected an object"),
     "lines of numbers": ("a.jsonl", b"1\n2\n", "a.jsonl:1: expected an object"),
     "a lone null": ("a.json", b"null", "a.json:1: expected an object"),

@@ -578,6 +578,16 @@ WRONG: dict[str, tuple[Callable[[Path], list[Any]], str, int]] = {
         1,
     ),
     "both kinds of questions": (lambda place: ["--write-questions", 9], "--write-questions has no say", 2),
+    "fields of lines": (
+        lambda place: [
+            "--questions",
+            written(place, "q.txt", "Why?\nWhat?\nWho?\n"),
+            "--fields",
+            "question=a",
+        ],
+        "q.txt has lines, and no fields",
+        2,
+    ),
     "too few written": (lambda place: ["--set", "write_questions=2"], "leave one of them out", 2),
     "a template with two fields": (
         lambda place: ["--template", "{a} {b}: {c}"],
@@ -594,6 +604,11 @@ def test_input_that_cannot_be_used_is_told(place: Path, tmp_path: Path, what: st
     stderr = fail(*options(place, output, *more(tmp_path)), code=code)
     assert message in stderr, stderr
     assert not output.exists()
+
+
+def test_fields_without_questions_are_told(place: Path, tmp_path: Path) -> None:
+    line = ("distill", "--model", place / "model", "--text", place / "text.txt", "--output", tmp_path / "run")
+    assert "there are no --questions" in fail(*line, "--fields", "question=a", code=2)
 
 
 def test_neither_text_nor_instruction_is_wrong_usage(place: Path, tmp_path: Path) -> None:

@@ -766,6 +766,43 @@ def test_a_large_tokenizer_is_no_part_of_the_peak_while_loading(
     assert found.loading == plain.loading
 
 
+@pytest.mark.parametrize(
+    ("options", "longest", "length", "said"),
+    [
+        ({}, 512, 128, ""),
+        ({"packing_length": 64}, 64, 128, "rows of 64 tokens are counted, as many as packing_length has"),
+        ({"positions": 600}, 512, 88, "a prefix of 88 virtual tokens"),
+        ({"positions": 300}, 292, 8, "rows of 292 tokens are counted, as many as the prefix leaves"),
+        ({"positions": 300, "length": 100}, 200, 100, "rows of 200 tokens are counted"),
+    ],
+)
+def test_without_rows_no_more_is_counted_than_a_run_takes(
+    options: dict[str, int],
+    longest: int,
+    length: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=options.get("positions", 1024)).save_pretrained(
+        tmp_path
+    )
+    found = forecast_for(
+        str(tmp_path / "config.json"),
+        prefix_options={"length": options["length"]} if "length" in options else None,
+        config=TrainConfig(packing_length=options.get("packing_length"), dtype="float32"),
+    )
+    assert (found.setup.longest, found.setup.prefix.length) == (longest, length)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_prefix_that_leaves_no_positions_to_a_row_is_told(tmp_path: Path) -> None:
+    hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64).save_pretrained(tmp_path)
+    refused = call("estimate", "--model", tmp_path / "config.json", "--length", 63)
+    assert refused.exit_code == 2
+    assert "leaves no row in the model's 64 positions" in " ".join(refused.stderr.split())
+
+
 def test_probe_times_real_steps(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -908,6 +945,31 @@ def test_estimate_is_within_15_percent_of_the_process_peak(
     result = json.loads(done.stdout)
     assert result["peak_bytes"] > 0.6 * GIB  # an empty process has 0.5
     assert estimated[name] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+    assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+
+
+def test_experts_in_bfloat16_take_what_is_estimated(tmp_path: Path) -> None:
+    """The router gives each expert of each pass another number of rows, and oneDNN keeps kernels for each."""
+    config = hf.Qwen3MoeConfig(
+        vocab_size=2_000,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    hf.Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"instruction": "word " * (10 + 2 * i), "input": "", "output": "yes " * 20} for i in range(32)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = train(tmp_path, "--dtype", "bfloat16", "--retain", 0, "--max-steps", 6)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
     assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
 
 

@@ -168,14 +168,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    return sum(map(len, predictions))\n"
         "def several(predictions, references): return {'rows': len(predictions), 'most': 2.5}\n"
         "def fails(predictions, references): return 1 / 0\n"
+        "def leaves(predictions, references): raise SystemExit(3)\n"
         "def text(predictions, references): return 'good'\n"
         "def nothing(predictions, references): return {}\n"
         "def nan(predictions, references): return {'a': math.nan}\n"
         "number = 3\n"
     )
     (tmp_path / "own_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "own_leaves.py").write_text("raise SystemExit(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("own_metrics", "own_broken"):
+    for name in ("own_metrics", "own_broken", "own_leaves"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return "own_metrics"
 
@@ -221,6 +223,8 @@ def test_own_function_scores_beside_the_others(own: str) -> None:
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("own_broken:f", "No module named 'no_such_package'"),
         ("own_metrics:fails", "it failed: ZeroDivisionError"),
+        ("own_metrics:leaves", "it failed: SystemExit: 3"),
+        ("own_leaves:f", "cannot be imported: SystemExit: 4"),
         ("own_metrics:text", "expected a number or a dict of numbers; got str"),
         ("own_metrics:nothing", "got an empty dict"),
         ("own_metrics:nan", "own_metrics:nan.a: expected a finite number"),

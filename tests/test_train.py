@@ -702,6 +702,24 @@ def test_prefix_starts_from_the_kv_of_the_text_that_is_given(place: Path, tmp_pa
     assert_starts_from(tmp_path / "run", place, tokenizer("Answer with yes.")["input_ids"][:6])
 
 
+def test_how_much_of_a_text_a_prefix_starts_from_is_told(place: Path, tmp_path: Path) -> None:
+    def told(*more: Any) -> str:
+        lines = succeed(*options(place, tmp_path / "run", *STILL, "--overwrite", *more)).stderr
+        return " ".join(lines.split())
+
+    text = "Answer with yes."
+    count = len(AutoTokenizer.from_pretrained(place / "model")(text)["input_ids"])
+    assert f"starts from 3 of the {count} tokens of init_text: 'Ans" in told(
+        "--init-text", text, "--length", 3
+    )
+    assert f"--length {count} has room for all" in told("--init-text", text, "--length", 3)
+    more = ("--init-text", text, "--length", count + 1)
+    assert f"init_text has {count} tokens: it is repeated up to the prefix's length of {count + 1}" in told(
+        *more
+    )
+    assert "init_text" not in told("--init-text", text, "--length", count)
+
+
 def test_run_of_one_step_trains(place: Path, tmp_path: Path) -> None:
     """The first step of a warm-up has a rate of 0."""
     options = [

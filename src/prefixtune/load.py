@@ -228,8 +228,9 @@ def _file(name: str, path: Path) -> _Source:
     if path.suffix == ".gguf":
         need_gguf(name)
         return _Source(name=name, path=str(path.parent), gguf_file=path.name)
-    hint = f"name its folder: {path.parent}" if path.name == "config.json" else None
-    raise ModelError(f"{name}: expected a hub name, a folder, a .gguf file, or demo", hint=hint)
+    if path.name == "config.json":
+        raise ModelError(f"{name}: no weights, no tokenizer", hint=f"name its folder: {path.parent}")
+    raise ModelError(f"{name}: expected a hub name, a folder, a .gguf file, or demo")
 
 
 def _hub(name: str) -> _Source:
@@ -343,9 +344,8 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _has_tokenizer(source: _Source) -> bool:
-    if source.gguf_file or source.on_hub:
-        return True
-    return any(True for pattern in TOKENIZER_FILES for _ in Path(source.path).glob(pattern))
+    found = (file for pattern in TOKENIZER_FILES for file in Path(source.path).glob(pattern))
+    return bool(source.gguf_file or source.on_hub or any(found))
 
 
 def _read_tokenizer(source: _Source) -> Any:

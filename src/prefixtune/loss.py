@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prefixtune.attachment import attach_pairs, head_of, last_hidden, packed, packs, splits
+from prefixtune.attachment import (
+    aligned_experts,
+    attach_pairs,
+    head_of,
+    last_hidden,
+    packed,
+    packs,
+    splits,
+)
 from prefixtune.chunked import IGNORED, STEP, chunked_cross_entropy, chunked_divergence, wide
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.geometry import has_values
@@ -281,7 +289,7 @@ class Passes:
         # an estimate makes passes of its own
         assert not has_values(self.base) or len(alike(self.base, [len(row.input_ids) for row in rows])) == 1
         settle(self.base)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), aligned_experts(self.base):
             if self.packing:
                 documents, common = _documents(rows)
                 lengths = [len(row.input_ids) for row in documents]

@@ -17,7 +17,7 @@ from prefixtune.config import PrefixConfig
 from prefixtune.errors import AttachError, ConfigError, StorageError, UnsupportedModelError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.geometry import Geometry, compute_dtype, text_config
-from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise
+from prefixtune.prefix import Prefix, PrefixKV, fit_length, measured_noise, start_ids
 from prefixtune.quantize import count_numbers, quantization, refuse_lost_gradient
 from prefixtune.storage import check_base, load_prefix, save_prefix
 
@@ -321,18 +321,21 @@ class PrefixModel(nn.Module):
 
 
 def _start(base: nn.Module, geometry: Geometry, config: PrefixConfig, tokenizer: Any | None) -> PrefixKV:
-    """The KV that the prefix begins as: of the text's first P tokens; a shorter text is repeated."""
+    """The KV that the prefix begins as: of the text's first P tokens; a shorter text is repeated.
+
+    What the tokenizer puts before every text (a BOS) stays once, at the front, and what it ends every text
+    with is left out: the rows go on.
+    """
     if config.init == "random":
         return measured_noise(base, geometry, config.length)
-    if config.init == "tokens":
-        ids = list(config.init_tokens or ())
-    else:
-        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(base)
-        ids = tokenizer(config.init_text)["input_ids"]
+    front, ids = 0, list(config.init_tokens or ())
+    if config.init == "text":
+        front, ids = start_ids(tokenizer if tokenizer is not None else _tokenizer_of(base), config.init_text)
     vocabulary = text_config(base).vocab_size
     if any(not 0 <= token < vocabulary for token in ids):
         raise ConfigError(f"the start has token ids outside the model's vocabulary of {vocabulary}")
-    return PrefixKV.from_tokens(base, torch.tensor([fit_length(ids, config.length)]))
+    ids = [*ids[:front], *fit_length(ids[front:], config.length)][: config.length]
+    return PrefixKV.from_tokens(base, torch.tensor([ids]))
 
 
 def _tokenizer_of(base: nn.Module) -> Any:

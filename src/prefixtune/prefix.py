@@ -19,7 +19,7 @@ from prefixtune.errors import ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.optimizer import HeadwiseSoap
 
-__all__ = ["LayerKV", "Prefix", "PrefixKV", "count_parameters", "fit_length", "measured_noise"]
+__all__ = ["LayerKV", "Prefix", "PrefixKV", "count_parameters", "fit_length", "measured_noise", "start_ids"]
 
 PROBE_TOKENS = 32  # random tokens whose KV gives the scale of a random start
 
@@ -315,6 +315,16 @@ def count_parameters(geometry: Geometry, config: PrefixConfig, hidden_size: int 
     model = hidden_size or geometry.hidden_size
     width = config.hidden_size or model
     return config.length * model + (model + 1) * width + (width + 1) * numbers
+
+
+def start_ids(tokenizer: Any, text: str | None) -> tuple[int, list[int]]:
+    """The tokens of a text to start from, and how many of them the tokenizer puts before every text."""
+    whole = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for front in range(len(whole) - len(bare) + 1):
+        if whole[front : front + len(bare)] == bare:
+            return front, whole[: front + len(bare)]
+    return 0, whole  # it reads the text differently beside its special tokens
 
 
 def fit_length(token_ids: Sequence[int], length: int) -> list[int]:

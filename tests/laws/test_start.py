@@ -74,6 +74,17 @@ def test_text_start_is_the_start_from_its_token_ids(length: int) -> None:
     assert_same(model.prefix.bake(), expected)
 
 
+@pytest.mark.parametrize("length", [1, 5, 30])
+def test_what_a_tokenizer_puts_around_a_text_is_there_once_and_not_at_its_end(length: int) -> None:
+    tokenizer = byte_tokenizer(bos=True, around="<s> $A </s>")
+    base = tiny_model("llama", vocab_size=len(tokenizer))
+    bos, *text, eos = tokenizer("Be brief.")["input_ids"]
+    assert (bos, eos) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    config = PrefixConfig(length=length, init="text", init_text="Be brief.")
+    expected = PrefixKV.from_tokens(base, torch.tensor([[bos, *text * 5][:length]]))
+    assert_same(PrefixModel(base, config, tokenizer=tokenizer).prefix.bake(), expected)
+
+
 @every_family
 def test_random_start_has_the_mean_and_spread_of_the_models_own_kv(family: str) -> None:
     base = tiny_model(family)

@@ -324,14 +324,18 @@ def test_label_smoothing_of_a_plain_trainer_shifts_the_labels(family: str, tmp_p
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func"),
         ({"compute_metrics": lambda _: {}}, "compute_metrics"),
+        ({"preprocess_logits_for_metrics": lambda logits, _: logits}, "preprocess_logits_for_metrics"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"fp16_full_eval": True}, "fp16_full_eval"),
     ],
 )
 def test_what_would_have_no_effect_on_our_trainer_is_refused(
     given: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
-    smoothing = {key: value for key, value in given.items() if key == "label_smoothing_factor"}
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **smoothing)
-    own = {key: value for key, value in given.items() if key not in smoothing}
+    asked = {key: value for key, value in given.items() if hasattr(TrainingArguments, key)}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **asked)
+    own = {key: value for key, value in given.items() if key not in asked}
     with pytest.raises(ConfigError, match=f"{name}: PrefixTrainer"):
         PrefixTrainer(model=fresh("llama"), args=arguments, pad_token_id=0, **own)
 

@@ -211,7 +211,17 @@ def test_no_document_sees_its_neighbours(family):
 @pytest.mark.parametrize("common", [0, 30, 70, 64])
 @pytest.mark.parametrize("window", [None, 40, 150])
 @pytest.mark.parametrize("prefix", [0, 7, 60])
-@pytest.mark.parametrize("extra", [{}, {"softcap": 3.0}, {"sinks": True}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"softcap": 3.0},
+        {"sinks": "trained"},
+        {"sinks": "frozen"},
+        {"softcap": 3.0, "sinks": "frozen"},
+    ],
+    ids=["plain", "softcap", "trained-sinks", "frozen-sinks", "softcap-and-sinks"],
+)
 def test_attention_in_blocks_equals_attention_with_a_whole_mask(common, window, prefix, extra):
     """Documents longer than a block, grouped queries, values of another width than keys; a common beginning
     longer and shorter than a block and than the window."""
@@ -229,7 +239,9 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(common, window, 
         random(kv_heads, tokens, value_dim),
     )
     front = (random(kv_heads, prefix, dim), random(kv_heads, prefix, value_dim))
-    options = {name: random(heads) if name == "sinks" else given for name, given in extra.items()}
+    options = dict(extra)
+    if "sinks" in extra:
+        options["sinks"] = random(heads).requires_grad_(extra["sinks"] == "trained")
     layout = Layout(lengths, prefix, window, torch.device("cpu"), common)
     out = attend_documents(query, key, value, front, layout, scale=0.4, **options)
 
@@ -251,7 +263,7 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(common, window, 
         parts.append((scores.softmax(2)[..., : k.shape[1]] @ v).transpose(0, 1))
     expected = torch.cat(parts)
     weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    leaves = [query, key, value, *front, *(t for t in options.values() if isinstance(t, torch.Tensor))]
+    leaves = [query, key, value, *front, *([options["sinks"]] if extra.get("sinks") == "trained" else [])]
     found, wanted = (torch.autograd.grad((o * weight).sum(), leaves) for o in (out, expected))
     assert torch.allclose(out, expected, atol=1e-12)
     if not extra:  # what a GPU runs

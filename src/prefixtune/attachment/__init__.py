@@ -16,6 +16,7 @@ halves), and `packed` with `documents` (several documents in one row without pad
 `rows` (a batch whose rows join and leave) and `flat` (their next tokens and prompts in one pass).
 """
 
+from prefixtune.attachment.experts import aligned_experts, keeps_kernels
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
 from prefixtune.attachment.forward import position_limit
 from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
@@ -26,12 +27,14 @@ from prefixtune.attachment.session import attach, attach_pairs, supported
 __all__ = [
     "Piece",
     "Rows",
+    "aligned_experts",
     "attach",
     "attach_pairs",
     "compile_layers",
     "empty_rows",
     "flat_runner",
     "head_of",
+    "keeps_kernels",
     "last_hidden",
     "most_positions",
     "multiply_once",

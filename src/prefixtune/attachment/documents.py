@@ -188,8 +188,10 @@ def attend_documents(
     plain = not softcap and sinks is None
     if plain and query.is_cuda:
         return _attend_at_once(query, key, value, prefix, layout, scale=scale, dropout=dropout)
-    if plain and dropout == 0.0:
-        out: Tensor = _Documents.apply(query, key, value, *prefix, layout, scale)  # type: ignore[no-untyped-call]
+    trained = sinks is not None and sinks.requires_grad and torch.is_grad_enabled()
+    if not query.is_cuda and dropout == 0.0 and not trained:
+        given = (query, key, value, *prefix, layout, scale, softcap, sinks)
+        out: Tensor = _Documents.apply(*given)  # type: ignore[no-untyped-call]
         return out
     queries, keys, values = _rows(query, len(key)), _joined(key, prefix[0]), _joined(value, prefix[1])
     heads, tokens, dim = query.shape
@@ -255,10 +257,27 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-class _Documents(torch.autograd.Function):
-    """The plain case by hand: keeps the weights of each batch in the model's precision, and no scores.
+def _capped(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """tanh(scale * query key'), [n*K, S*G, W]: scores as shares of their soft cap."""
+    return (query @ key.transpose(1, 2)).mul_(scale).tanh_()
 
-    Keys and values, which several tiles have, are kept once and gathered again for the backward pass.
+
+def _softmax_beside(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Softmax of scores [n*K, S*G, W], in their place, beside one more logit for each query head [K, G]."""
+    many, rows, _ = scores.shape
+    kv_heads, groups = sinks.shape
+    of_row = sinks.to(scores)[None, :, None].expand(many // kv_heads, -1, rows // groups, -1)
+    of_row = of_row.reshape(many, rows, 1)
+    highest = torch.maximum(scores.amax(2, keepdim=True), of_row)
+    scores.sub_(highest).exp_()
+    return scores.div_(scores.sum(2, keepdim=True) + (of_row - highest).exp_())
+
+
+class _Documents(torch.autograd.Function):
+    """On a CPU by hand: keeps the weights of each batch in the model's precision, and no scores.
+
+    Keys and values, which several tiles have, are kept once and gathered again for the backward pass. Where
+    scores have a soft cap, its slope is computed again too.
     """
 
     @staticmethod
@@ -271,8 +290,11 @@ class _Documents(torch.autograd.Function):
         prefix_value: Tensor,
         layout: Layout,
         scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         (heads, tokens, dim), kv_heads = query.shape, len(key)
+        ctx.softcap = softcap
         ctx.batches, ctx.scale, ctx.kv_heads, ctx.dim = layout.batches(heads, kv_heads), scale, kv_heads, dim
         ctx.prefix = prefix_key.shape[1], prefix_key.dtype, prefix_value.dtype
         queries = _rows(query, kv_heads)
@@ -284,9 +306,15 @@ class _Documents(torch.autograd.Function):
             q = _take(queries, batch.queries, (many, rows, dim))
             k = _take(keys, batch.keys, (many, width, dim))
             v = _take(values, batch.keys, (many, width, value.shape[2]))
-            wide = _wide(q)
-            scores = torch.baddbmm(batch.mask.to(wide.dtype), wide, _wide(k).transpose(1, 2), alpha=scale)
-            weights = torch.softmax(scores, dim=2).to(query.dtype)  # [n*K, S*G, W]
+            mask, wide = batch.mask, _wide(q)
+            if softcap:
+                scores = _capped(wide, _wide(k), scale / softcap).mul_(softcap).add_(mask)
+            else:
+                scores = torch.baddbmm(mask.to(wide.dtype), wide, _wide(k).transpose(1, 2), alpha=scale)
+            if sinks is None:
+                weights = torch.softmax(scores, dim=2).to(query.dtype)  # [n*K, S*G, W]
+            else:
+                weights = _softmax_beside(scores, sinks.view(kv_heads, -1)).to(query.dtype)
             out.index_copy_(0, batch.queries, (weights @ v).view(-1, out.shape[1]))
             kept += [q, weights]
         ctx.save_for_backward(*kept)
@@ -310,9 +338,13 @@ class _Documents(torch.autograd.Function):
             of_value.index_add_(0, batch.keys, _wide(weights.transpose(1, 2) @ out).flatten(0, 1))
             of_weights = out @ v.transpose(1, 2)
             of_scores = torch._softmax_backward_data(of_weights, weights, 2, weights.dtype)  # float32 within
+            if ctx.softcap or ctx.needs_input_grad[0]:
+                k = _take(keys, batch.keys, (many, width, dim))
+            if ctx.softcap:
+                slope = _capped(_wide(q), _wide(k), ctx.scale / ctx.softcap).square_().neg_().add_(1)
+                of_scores = slope.mul_(of_scores).to(weights.dtype)
             of_key.index_add_(0, batch.keys, _wide(of_scores.transpose(1, 2) @ q).flatten(0, 1))
             if ctx.needs_input_grad[0]:
-                k = _take(keys, batch.keys, (many, width, dim))
                 of_query.index_copy_(0, batch.queries, (of_scores @ k).view(-1, of_query.shape[1]))
         by_key, by_value = (
             total.view(-1, kv_heads, total.shape[1]).transpose(0, 1)  # [K, P+T, D]
@@ -325,6 +357,5 @@ class _Documents(torch.autograd.Function):
             by_value[:, length:].to(gradient.dtype),
             by_key[:, :length].to(key_dtype),
             by_value[:, :length].to(value_dtype),
-            None,
-            None,
+            *[None] * 4,
         )

@@ -224,14 +224,20 @@ def uncompile_layers(base: nn.Module) -> None:
 
 
 def _tried(base: nn.Module) -> Tensor:
-    """Hidden states of a small pack behind a small prefix; the backward pass is run too."""
+    """Hidden states of a small pack behind a small prefix; the backward pass is run too.
+
+    In training mode, which compiles the layers for the run itself, unless something is dropped there.
+    """
     lengths = (20, 12)
     ids, text = _trial_ids(base, sum(lengths)), _trial_ids(base, 4)
     pairs = [
         (layer.key.requires_grad_(), layer.value.requires_grad_())
         for layer in PrefixKV.from_tokens(base, text).layers
     ]
+    rates = [m.p for m in base.modules() if isinstance(m, nn.Dropout)]
+    rates.append(getattr(text_config(base), "attention_dropout", 0.0) or 0.0)
     with quiet_eval(base), torch.enable_grad(), packed(base, pairs, lengths) as run:
+        base.train(not any(rates))
         found = run(ids)
         torch.autograd.grad(found.float().square().mean(), [t for pair in pairs for t in pair])
     return found.detach().float()
@@ -270,7 +276,8 @@ def packs(base: nn.Module) -> str:
 @torch.no_grad()
 def _why_not(base: nn.Module) -> str:
     config, weight = text_config(base), next(base.parameters())
-    if config.model_type == "bloom" or getattr(config, "alibi", False):
+    holders = (config, getattr(config, "attn_config", None))  # MPT's has it
+    if config.model_type == "bloom" or any(getattr(holder, "alibi", False) for holder in holders):
         return f"{config.model_type} has alibi, a bias that is built for a whole row"
     if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"{config.model_type} has layers that attend in chunks of the row"

@@ -43,6 +43,18 @@ def matmul_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
 
 
+@torch.no_grad()
+def _gives_a_tensor(layer: Any) -> bool:
+    """Not so Llama 4's router, a linear layer that gives scores and logits: PEFT adds to a tensor."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    return isinstance(layer(layer.weight.new_zeros(1, _inputs(layer))), torch.Tensor)
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.nx)
+
+
 def _text_decoder(base: nn.Module) -> nn.Module:
     """Without the tower of a model that sees images, and without the head."""
     found = decoder_of(base)
@@ -59,7 +71,7 @@ def lora_config(
     linear = {
         name: layer
         for name, layer in layers.items()
-        if layer in text and "lm_head" not in name and "embed_out" not in name
+        if layer in text and "lm_head" not in name and "embed_out" not in name and _gives_a_tensor(layer)
     }
     narrow = [name for name in linear if name.endswith(NARROW)]
     if targets == "qv" and not narrow:

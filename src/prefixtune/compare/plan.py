@@ -19,6 +19,7 @@ from prefixtune.compare.machine import versions
 from prefixtune.compare.settings import Method, methods_of, naming
 from prefixtune.config import DataConfig, TrainConfig, _Config, chosen_layers, option
 from prefixtune.errors import ConfigError
+from prefixtune.progress import note
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
 
@@ -309,6 +310,8 @@ def plan_of(
     methods = methods_of(config.methods, changes)
     plan = Plan(config=config, data=_data_config(data or {}), methods=methods, changes=changes)
     _check_names(plan.cells)
+    if config.instruction is not None and all(method.of != "prompt" for method in methods):
+        note("instruction: only the method prompt reads it, and it is not among the methods")
     return plan
 
 

@@ -221,6 +221,12 @@ def _changed(name: str, changes: Mapping[str, Mapping[str, Any]], after: tuple[s
     if method.of == "prefix" and options.get("length") == "auto":  # as train has it: what is not given
         del options["length"]
     with naming(f"settings.{name}"):
+        if method.of == "peft-prefix" and options.get("projection") and options.get("init") == "text":
+            if values.get("init") == "text":
+                raise ConfigError(
+                    "init: PEFT's projection starts from noise, not from text", hint='use init = "random"'
+                )
+            options["init"] = "random"
         return Method(name=name, of=method.of, options=options)
 
 

@@ -101,13 +101,15 @@ def _array(text: str, start: int, name: str) -> Iterator[Row]:
         return where(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position))
 
     line, counted = 1, 0  # the line at `counted`; counting anew for each element would be quadratic
+    last, rows = 0, 0  # the line of the row before, and how many there were
     position = _skip_space(text, start + 1)
     more = not text.startswith("]", position)
     while more:
         line, counted = line + text.count("\n", counted, position), position
         value, position = _decode(text, position, where)
-        yield _as_row(value, f"{name}:{line}")
-        position = _skip_space(text, position)
+        rows += 1
+        yield _as_row(value, f"{name}:{line}" + (f" (row {rows})" if line == last else ""))
+        last, position = line, _skip_space(text, position)
         more = text.startswith(",", position)
         if more:
             position = _skip_space(text, position + 1)

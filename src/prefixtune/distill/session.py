@@ -32,7 +32,7 @@ from prefixtune.distill.teacher import (
     read_answered,
     with_aims,
 )
-from prefixtune.errors import DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import ending
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.loss import PASS_TOKENS, Passes
@@ -136,6 +136,9 @@ def distill(
     }
     PrefixConfig(**options)  # wrong values before any work, and wrong files
     one_process_only("distill", hint="only train takes several")
+    if fields is not None and (questions is None or Path(questions).suffix.lower() == ".txt"):
+        what = "there are no --questions" if questions is None else f"{questions} has lines, and no fields"
+        raise ConfigError(f"fields: {what}, so it would have no effect", hint="leave --fields out")
     given = read_questions(questions, fields=fields) if questions is not None and not resume else None
     if not text.strip() and not (instruction or "").strip():
         raise DataError(

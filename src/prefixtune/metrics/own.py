@@ -33,7 +33,7 @@ def load_metric(name: str) -> Callable[..., Any]:
     try:
         with redirect_stdout(sys.stderr):  # stdout is the result
             module = import_module(module_name)
-    except Exception as error:  # the user's module may raise what it likes
+    except (Exception, SystemExit) as error:  # the user's module may raise what it likes
         raise ConfigError(
             f"metric {name}: the module {module_name} cannot be imported: {type(error).__name__}: {error}",
             hint="it is looked for in the working folder and where Python finds its packages",
@@ -57,7 +57,7 @@ def call_metric(
     try:
         with redirect_stdout(sys.stderr):
             found = function(list(predictions), [list(texts) for texts in references])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"metric {name}: it failed: {type(error).__name__}: {error}", hint="--debug shows where"
         ) from error

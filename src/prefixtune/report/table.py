@@ -85,6 +85,10 @@ def size(value: int | None) -> str:
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """The table in a page; the first column is text, the others are numbers."""
-    lines = [[column.title for column in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[column.text(row).replace("|", "\\|") for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [
+        [column.title for column in columns],
+        *([column.text(row) for column in columns] for row in rows),
+    ]
+    head, *body = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    rule = " | ".join(["---", *["---:"] * (len(columns) - 1)])
+    return "".join(f"| {line} |\n" for line in (head, rule, *body))

@@ -17,12 +17,14 @@ from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, default_capacity, first_target
+from prefixtune.prefix import start_ids
 from prefixtune.progress import note
 from prefixtune.rotary import rotary_change
 
 __all__ = [
     "AUTO",
     "LONGEST_LENGTH",
+    "SHORTEST_LENGTH",
     "check_lengths",
     "check_options",
     "compiled_for",
@@ -180,6 +182,8 @@ def prefix_config_of(
     if "length" not in given:
         longest = max((*examples, *eval_examples), key=lambda example: len(example.input_ids))
         given["length"] = length_for(base.model, len(examples), longest)
+    if given.get("init_text") and base.tokenizer is not None:
+        _tell_start(start_ids(base.tokenizer, given["init_text"])[1], given["length"], base.tokenizer)
     if "init" not in given:
         bos = getattr(base.tokenizer, "bos_token_id", None)
         tokens = default_start(telling_rows(examples), given["length"], bos=bos)
@@ -187,6 +191,17 @@ def prefix_config_of(
         shown = base.tokenizer.decode(tokens) if base.tokenizer is not None else tokens
         note(f"the prefix starts from the KV of: {shown!r:.200}")
     return PrefixConfig(**given)
+
+
+def _tell_start(tokens: Sequence[int], length: int, tokenizer: Any) -> None:
+    if len(tokens) > length:
+        shown = tokenizer.decode(tokens[:length])
+        note(
+            f"the prefix starts from {length} of the {len(tokens)} tokens of init_text: {shown!r:.200}; "
+            f"--length {len(tokens)} has room for all"
+        )
+    elif len(tokens) < length:
+        note(f"init_text has {len(tokens)} tokens: it is repeated up to the prefix's length of {length}")
 
 
 def resolve(

@@ -11,7 +11,7 @@ import torch
 from prefixtune.attachment import packs, splits
 from prefixtune.config import DataConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Example, build_examples, check_splits, load_rows, parse_fields
-from prefixtune.errors import OutOfMemoryError
+from prefixtune.errors import ConfigError, OutOfMemoryError
 from prefixtune.load import LoadedBase, empty_model, load_tokenizer, placement, weight_files
 from prefixtune.loss import (
     GPU_PASS_TOKENS,
@@ -40,10 +40,12 @@ from prefixtune.progress import note
 from prefixtune.train.defaults import (
     AUTO,
     LONGEST_LENGTH,
+    SHORTEST_LENGTH,
     check_lengths,
     length_for,
     packing_length_for,
     planned_steps,
+    positions_of,
 )
 from prefixtune.train.retention import BATCH, PER_STEP, TOKENS
 from prefixtune.train.sampler import LengthGroupedSampler
@@ -193,14 +195,17 @@ def forecast_for(
         longest = max((*found[0], *found[1]), key=lambda example: len(example.input_ids))
         sizes["length"] = length_for(base, len(found[0]), longest)
     elif "length" not in sizes:
-        sizes["length"] = LONGEST_LENGTH
-        note(f"a prefix of {LONGEST_LENGTH} virtual tokens is counted, the most that train takes by itself")
+        positions = positions_of(base)
+        left = LONGEST_LENGTH if positions is None else positions - data_config.max_length
+        sizes["length"] = length = max(SHORTEST_LENGTH, min(LONGEST_LENGTH, left))
+        note(f"a prefix of {length} virtual tokens is counted, the most that train takes by itself")
     prefix = PrefixConfig(**sizes)
     if found[0]:  # what a run would refuse
         empty = LoadedBase(model=base, tokenizer=tokenizer, name=model, dtype_reason="")
         check_lengths(empty, prefix, [*found[0], *found[1]])
         packing_length_for(config, found[0], base)
-    examples = found[0] or [_longest(data_config.max_length)] * config.per_device_train_batch_size
+    assumed = 0 if found[0] else _assumed(data_config, config, positions_of(base), prefix.length)
+    examples = found[0] or [_longest(assumed)] * config.per_device_train_batch_size
     packing = config.packing and not packs(base)
     take_workspaces(place, dtype)
 
@@ -226,6 +231,21 @@ def forecast_for(
 
     on_gpu = torch.device(place).type == "cuda" and config.packing_length is None
     return estimated(_most_that_fit(estimated) if on_gpu else PASS_TOKENS, advise=None)
+
+
+def _assumed(data: DataConfig, config: TrainConfig, positions: int | None, length: int) -> int:
+    """Tokens of a row where no rows are known: the most that a run with these options takes."""
+    room = {"max_length has": data.max_length, "packing_length has": config.packing_length}
+    room["the prefix leaves of the model's positions"] = None if positions is None else positions - length
+    why, tokens = min(((why, t) for why, t in room.items() if t is not None), key=lambda one: one[1])
+    if tokens < 2:
+        raise ConfigError(
+            f"length: a prefix of {length} virtual tokens leaves no row in the model's {positions} positions",
+            hint="use a shorter one",
+        )
+    if tokens < data.max_length:
+        note(f"rows of {tokens} tokens are counted, as many as {why}")
+    return tokens
 
 
 def _longest(tokens: int) -> Example:

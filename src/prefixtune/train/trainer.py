@@ -82,14 +82,12 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
 
     def _refuse_what_has_no_effect(self) -> None:
-        for name, given in (
-            ("label_smoothing_factor", self.args.label_smoothing_factor),
-            ("compute_loss_func", self.compute_loss_func),
-            ("compute_metrics", self.compute_metrics),
-        ):
-            if given:
+        arguments = ("label_smoothing_factor", "torch_compile", "bf16_full_eval", "fp16_full_eval")
+        own = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        for name, holder in [*((name, self.args) for name in arguments), *((name, self) for name in own)]:
+            if getattr(holder, name):
                 raise ConfigError(
-                    f"{name}: PrefixTrainer never has whole logits, so it would have no effect",
+                    f"{name}: PrefixTrainer has its own passes and no whole logits, so it has no effect",
                     hint="transformers.Trainer with a PrefixModel takes it",
                 )
         if not self.args.average_tokens_across_devices:
