@@ -37,6 +37,7 @@ from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunErro
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, missing_cells, require_matplotlib
 from prefixtune.report.plots import draw
+from prefixtune.report.table import Column, markdown
 from prefixtune.train.folder import RETENTION
 from prefixtune.train.retention import kept_texts
 from prefixtune.train.sampler import LengthGroupedSampler
@@ -610,6 +611,15 @@ def test_a_file_says_what_options_say_and_adds_methods_of_its_own(tmp_path: Path
     assert plan.data.fields == "input=mr"
     big = plan.methods[1]
     assert (big.of, big.peer.rank, big.peer.learning_rate) == ("lora", 64, METHODS["lora"].peer.learning_rate)
+
+
+def test_a_bar_in_a_title_or_a_cell_of_a_page_is_no_border() -> None:
+    columns = [
+        Column(title="method", text=lambda row: "a|b"),
+        Column(title="my:m.len|x", text=lambda row: "1"),
+    ]
+    head, rule, row = markdown(columns, [{}]).splitlines()
+    assert (head, rule, row) == (r"| method | my:m.len\|x |", "| --- | ---: |", r"| a\|b | 1 |")
 
 
 def test_peft_projection_is_said_to_start_from_the_noise_that_it_starts_from() -> None:

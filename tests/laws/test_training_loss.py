@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from families import EXTRA, FAMILIES, VOCAB, tiny_model
 from prefixtune import PrefixConfig, PrefixKV, PrefixModel
-from prefixtune.attachment import attach_pairs, packed
+from prefixtune.attachment import attach_pairs, packed, packs
 from prefixtune.attachment.documents import Layout, _attend_at_once, attend_documents
 from prefixtune.chunked import _divergence_, chunked_cross_entropy, chunked_divergence
 from prefixtune.errors import AttachError, ConfigError
@@ -206,6 +206,11 @@ def test_no_document_sees_its_neighbours(family):
     assert torch.equal(before[:6], after[:6])
     assert torch.equal(before[15:], after[15:])
     assert not torch.equal(before[6:15], after[6:15])
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon-alibi"])
+def test_models_with_alibi_are_not_packed_for_that_reason(family):
+    assert "has alibi" in packs(tiny_model(family))
 
 
 @pytest.mark.parametrize("common", [0, 30, 70, 64])
