@@ -158,6 +158,10 @@ def _wrong(layer: nn.Module) -> Callable[..., Any]:
     return lambda *args, **kwargs: 1.5 * layer.forward(*args, **kwargs)
 
 
+def _refused(layer: nn.Module) -> Callable[..., Any]:
+    raise RuntimeError("torch.compile is not supported on this Python")
+
+
 def _broken(layer: nn.Module) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("fatal error: Python.h: No such file or directory\nand much more")
@@ -166,7 +170,12 @@ def _broken(layer: nn.Module) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("instead", "said"), [(_wrong, r"other hidden states \(off by"), (_broken, r"Python\.h: No such file")]
+    ("instead", "said"),
+    [
+        (_wrong, r"other hidden states \(off by"),
+        (_broken, r"Python\.h: No such file"),
+        (_refused, "not supported on this Python"),
+    ],
 )
 def test_layers_that_compile_to_something_else_run_as_they_are(
     instead: Callable[[nn.Module], Any], said: str, monkeypatch: pytest.MonkeyPatch

@@ -289,7 +289,7 @@ class Passes:
         # an estimate makes passes of its own
         assert not has_values(self.base) or len(alike(self.base, [len(row.input_ids) for row in rows])) == 1
         settle(self.base)
-        with torch.autocast(device.type, enabled=False), aligned_experts(self.base):
+        with torch.autocast(device.type, enabled=False):
             if self.packing:
                 documents, common = _documents(rows)
                 lengths = [len(row.input_ids) for row in documents]
@@ -297,7 +297,7 @@ class Passes:
                     ids = torch.cat([row.input_ids for row in documents])[None]  # [1, T]
                     yield hidden_of(ids.to(device)), _shifted(documents), head_of(self.base)  # [T, d]
             else:
-                with _attached(self.base, pairs):
+                with _attached(self.base, pairs), aligned_experts(self.base):
                     yield self._padded(rows, device)
 
     def _padded(self, rows: Sequence[RowTokens], device: torch.device) -> tuple[Tensor, Tensor, Head]:

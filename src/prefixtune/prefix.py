@@ -19,7 +19,16 @@ from prefixtune.errors import ConfigError, UnsupportedModelError
 from prefixtune.geometry import Geometry, quiet_eval
 from prefixtune.optimizer import HeadwiseSoap
 
-__all__ = ["LayerKV", "Prefix", "PrefixKV", "count_parameters", "fit_length", "measured_noise", "start_ids"]
+__all__ = [
+    "LayerKV",
+    "Prefix",
+    "PrefixKV",
+    "count_parameters",
+    "fit_length",
+    "measured_noise",
+    "place_of",
+    "start_ids",
+]
 
 PROBE_TOKENS = 32  # random tokens whose KV gives the scale of a random start
 
@@ -319,12 +328,17 @@ def count_parameters(geometry: Geometry, config: PrefixConfig, hidden_size: int 
 
 def start_ids(tokenizer: Any, text: str | None) -> tuple[int, list[int]]:
     """The tokens of a text to start from, and how many of them the tokenizer puts before every text."""
-    whole = list(tokenizer(text)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for front in range(len(whole) - len(bare) + 1):
-        if whole[front : front + len(bare)] == bare:
-            return front, whole[: front + len(bare)]
-    return 0, whole  # it reads the text differently beside its special tokens
+    whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    front = place_of(bare, whole)
+    if front is None:  # it reads the text differently beside its special tokens
+        return 0, list(whole)
+    return front, list(whole[: front + len(bare)])
+
+
+def place_of(part: Sequence[int], whole: Sequence[int]) -> int | None:
+    """Where the ids of `part` first stand in `whole`, one after the other; None where they do not."""
+    places = range(len(whole) - len(part) + 1)
+    return next((place for place in places if whole[place : place + len(part)] == part), None)
 
 
 def fit_length(token_ids: Sequence[int], length: int) -> list[int]:

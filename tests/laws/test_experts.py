@@ -9,7 +9,7 @@ import torch
 from transformers.integrations import moe
 
 from families import VOCAB, tiny_model
-from prefixtune.attachment import aligned_experts, experts, keeps_kernels
+from prefixtune.attachment import aligned_experts, compile_layers, experts, keeps_kernels
 from prefixtune.loss import Passes, RowTokens
 
 MIXTURES = ("mixtral", "gpt-oss")
@@ -60,6 +60,24 @@ def test_a_pass_in_bfloat16_has_experts_of_few_sizes(
     assert ends
     assert {end % 16 for end in ends} == {0}
     assert base.config._experts_implementation == "grouped_mm"
+
+
+def test_the_trial_of_compiled_layers_runs_the_experts_that_a_run_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny_model("mixtral").bfloat16()
+    seen: list[str] = []
+
+    def watched(layer: Any, **_: Any) -> None:
+        def call(*args: Any, **more: Any) -> Any:
+            seen.append(base.config._experts_implementation)
+            return layer.forward(*args, **more)
+
+        layer._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", watched)
+    compile_layers(base)
+    assert set(seen) == {experts.NAME}
 
 
 def test_experts_are_left_alone_where_no_kernels_are_kept() -> None:

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefixtune.attachment.documents import Layout, attend_documents
+from prefixtune.attachment.experts import aligned_experts
 from prefixtune.attachment.forward import refuse_positions
 from prefixtune.attachment.head import decoder_of, last_hidden
 from prefixtune.attachment.lean import lean
@@ -105,7 +106,8 @@ def packed(
 
     base.prefixtune_attached = True  # type: ignore[assignment]
     try:
-        with attending(attention_configs(base), NAME, _ACTIVE, pack), _quicker(base):
+        attention = attending(attention_configs(base), NAME, _ACTIVE, pack)
+        with attention, aligned_experts(base), _quicker(base):
             yield hidden
     finally:
         del base.prefixtune_attached
@@ -189,7 +191,7 @@ def compile_layers(base: nn.Module) -> None:
     """Compile each decoder layer but for its attention, for packs of any length, and try it on a few tokens.
 
     Only packs run through compiled layers. Each pass with a KV cache differs from the last in what a layer
-    was compiled for: after eight of them torch would run the packs too as if nothing were compiled.
+    was compiled for: after some of them torch would run the packs too as if nothing were compiled.
 
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs on a CPU; or the compiled layers
@@ -202,20 +204,27 @@ def compile_layers(base: nn.Module) -> None:
             "compile: torch.compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++",
             hint="install one, or leave --compile out",
         )
-    plain = _tried(base)
-    _COMPILED[base] = []
-    for layer in decoder_of(base).modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
-            _COMPILED[base].append((layer, layer._compiled_call_impl))
-            layer._compiled_call_impl = None
+    plain, cause = _tried(base), None
     try:
+        _COMPILED[base] = [(layer, _compiled_call(layer)) for layer in _layers(base)]
         why = _unlike(_tried(base), plain, base)
     except Exception as error:  # whatever a compiler, or what it made, may raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why, cause = (str(error).strip().splitlines() or [type(error).__name__])[0], error
     if why:
         uncompile_layers(base)
-        raise ConfigError(f"compile: torch.compile does not do on this model: {why}", hint="leave it out")
+        told = f"compile: torch.compile does not do on this model: {why}"
+        raise ConfigError(told, hint="leave it out") from cause
+
+
+def _layers(base: nn.Module) -> list[nn.Module]:
+    return [layer for layer in decoder_of(base).modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def _compiled_call(layer: nn.Module) -> Any:
+    """What runs the layer compiled; the layer itself stays as it is."""
+    layer.compile(dynamic=True)
+    call, layer._compiled_call_impl = layer._compiled_call_impl, None
+    return call
 
 
 def uncompile_layers(base: nn.Module) -> None:

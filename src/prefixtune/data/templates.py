@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from prefixtune.data.row import NoTargetError, Row, field_text, missing_field, required_text
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.prefix import place_of
 
 __all__ = [
     "Encoded",
@@ -84,9 +85,9 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         DataError: it reads a text differently where it adds tokens.
     """
     bare, whole = token_ids(tokenizer, "a1", special=False), token_ids(tokenizer, "a1")
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
+    start = place_of(bare, whole)
+    if start is not None:
+        return whole[:start], whole[start + len(bare) :]
     raise DataError(
         f"the tokenizer reads 'a1' as the tokens {bare}, and as {whole} where it adds its special tokens, "
         "so what it adds to a text cannot be told"

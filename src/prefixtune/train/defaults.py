@@ -51,8 +51,7 @@ EPOCHS, MANY_STEPS = 2, 500
 FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # Rows whose targets are labels have little to learn by heart, and few targets in a step
 LABELS, FEWEST_LABEL_STEPS = 10, 50
-# operations of a run from which on compiled layers take less time with the half minute that compiling takes:
-# ten minutes where a tenth is won, half an hour where a twentieth is (docs/speed.md)
+# operations of a run from which on compiled layers save more time than compiling takes (docs/defaults.md)
 COMPILED_FROM = 2e14
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011), and so are labels (docs/defaults.md).
