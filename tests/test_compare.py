@@ -401,6 +401,18 @@ def test_prompt_begins_once_and_ends_as_the_row_does(instruction: str | None, ar
     assert tokenizer.decode([label for label in after.labels if label != -100]) == "a b</s>"
 
 
+@pytest.mark.parametrize("bos", ["<|im_start|>", "<s>"])
+def test_a_mark_that_begins_each_turn_stays_with_a_row_after_a_prompt(bos: str) -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    tokenizer.bos_token = bos  # SmolLM2's is its mark of a turn
+    row = Row(values={"instruction": "Count", "output": "a b"}, origin="r")
+    ((example,), _) = build_examples([row], tokenizer, DataConfig(template="chat"))
+    base = LoadedBase(model=None, tokenizer=tokenizer, name="none", dtype_reason="none")
+    after = _after(_in_context(None, base, [example]).context, example, tokenizer)
+    assert after.input_ids == example.input_ids * 2
+    assert after.labels == (*[-100] * len(example.labels), *example.labels)
+
+
 def test_rows_with_one_input_are_references_of_one_another(measured: Measured) -> None:
     assert [question.text.split("\n")[1] for question in measured.rows.questions] == ["0", "1", "2"]
     assert len(measured.rows.eval) == 2 * 3  # the loss is measured on two rows of each

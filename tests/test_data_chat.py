@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Row, build_examples, build_prompts, fix_date, load_rows
+from prefixtune.data import Example, Row, build_examples, build_prompts, fix_date, load_rows, text_start
 from prefixtune.errors import DataError
 from prefixtune.generate import conversation_ids, without_target
 from prefixtune.serve.prompts import Prompts
@@ -125,6 +125,24 @@ def test_llama2_turn_is_a_target_from_its_space_to_its_end_token(kind: str) -> N
     found = targets(encode(TURNS[:4], tokenizer), tokenizer)
     # ByT5 drops the spaces beside a special token, and a sentencepiece decoding the one at its start
     assert [text.replace(" ", "") for text in found] == ["a</s>", "三原色是红、蓝、黄🙂</s>"]
+
+
+@pytest.mark.parametrize(
+    ("around", "bos", "template", "start"),
+    [
+        ("<s> $A", "<s>", CHATML, ["<s>"]),
+        ("</s> $A", "<s>", None, ["</s>"]),
+        ("$A", "<s>", None, []),
+        ("$A", "<s>", f"{{{{ bos_token }}}}{CHATML}", ["<s>"]),  # what the template alone writes
+        ("$A", "<s>", CHATML, []),
+        ("$A", "<|im_start|>", CHATML, []),  # it begins each turn, and no text
+        ("$A", "<s>", "{{ raise_exception('no') }}", []),
+    ],
+)
+def test_what_begins_a_text(around: str, bos: str, template: str | None, start: list[str]) -> None:
+    tokenizer = byte_tokenizer(around=around, chat_template=template)
+    tokenizer.bos_token = bos
+    assert tokenizer.convert_ids_to_tokens(text_start(tokenizer)) == start
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA2, THINKING])

@@ -268,6 +268,36 @@ def test_labels_are_the_distinct_references_written_as_the_rows_write_them() -> 
     assert [sample["label"] for sample in found.samples] == [label.strip() for label in chosen]
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "compared"),
+    [
+        ([" no", " no"], ["no", "yes"], [" no", " yes"]),  # as the others are, where no row has it
+        (["no", "no"], ["no", " yes"], ["no", " yes"]),  # unless it was given with its own
+        (["no", " no", " no", "yes "], ["no", "yes", "so"], [" no", "yes ", " so"]),  # as most are
+    ],
+)
+def test_labels_have_the_white_space_of_the_rows(
+    written: list[str], given: list[str], compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "prefixtune.task.choose_labels",
+        lambda model, tokenizer, rows, config, labels, **_: seen.append(labels) or [labels[0]] * len(rows),
+    )
+    rows = asked(*((f"{number}", label) for number, label in enumerate(written)))
+    evaluate(
+        bare(),
+        TOKENIZER,
+        rows,
+        DataConfig(template="{instruction}:{output}"),
+        metrics=["accuracy"],
+        labels=given,
+        exact_match=False,
+        progress=False,
+    )
+    assert seen == [compared]
+
+
 @pytest.mark.parametrize(("template", "lead"), [(CHATML, 0), (THINKING, 15), (CHANNELLED, 5)])
 def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
     template: str, lead: int, monkeypatch: pytest.MonkeyPatch

@@ -140,6 +140,21 @@ def test_json_equal_does_not_see_spaces_order_of_keys_or_how_a_number_is_written
     assert score(["json_equal"], [prediction], references) == {"json_equal": float(equal)}
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("1e999", "5e500", False),  # as floats both are infinite
+        ("0.1", "0.10000000000000000001", False),
+        ("12345678901234567890.5", "12345678901234567891.5", False),
+        ("1e2", "100", True),
+        ("0.10", "1e-1", True),
+        ("-0", "0.0", True),
+    ],
+)
+def test_numbers_of_json_are_equal_in_all_their_digits(one: str, other: str, equal: bool) -> None:
+    assert score(["json_equal"], [one], [[other]]) == {"json_equal": float(equal)}
+
+
 def test_json_is_read_however_deep_it_is_and_however_long_a_number() -> None:
     deep, digits = "[" * 900 + "]" * 900, "1" * 5000  # Python recurses less deep, and reads 4,300 digits
     assert score(["json", "json_equal"], [deep, digits], [[deep], [digits]]) == {
@@ -148,6 +163,8 @@ def test_json_is_read_however_deep_it_is_and_however_long_a_number() -> None:
     }
     assert score(["json_equal"], [deep, digits], [[f"[{deep}]"], [f"{digits}1"]]) == {"json_equal": 0.0}
     assert score(["json_equal"], [digits], [[f'"{digits}"']]) == {"json_equal": 0.0}
+    beyond = "1e" + "9" * 30  # what Python's decimal numbers hold
+    assert score(["json", "json_equal"], [beyond], [[beyond]]) == {"json": 1.0, "json_equal": 1.0}
     turned = [f"{deep[:900]}{{{keys}}}{deep[900:]}" for keys in ('"a": 1, "b": true', '"b": true, "a": 1.0')]
     assert score(["json_equal"], turned[:1], [turned[1:]]) == {"json_equal": 1.0}
 

@@ -34,9 +34,11 @@ from prefixtune.cli import main
 from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Collator, Example, Row, build_examples, load_rows
 from prefixtune.evaluate import target_loss
+from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes
 from prefixtune.train import PrefixTrainer, TrainResult, default_start, telling_rows
 from prefixtune.train.callbacks import KeepBest, Metrics
+from prefixtune.train.defaults import prefix_config_of
 from prefixtune.train.folder import last_checkpoint
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.trainer import training_arguments
@@ -677,23 +679,34 @@ def test_a_row_without_an_answer_is_no_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "bos", "expected"),
+    ("length", "front", "expected"),
     [
-        (1, None, (9,)),  # none fits: the end of the shortest
-        (4, None, (1, 5, 6, 7)),  # the longest that fits
-        (9, None, (1, 5, 6, 7, 1, 2, 3, 4, 9)),  # the others in their order, before it
-        (6, None, (7, 1, 2, 3, 4, 9)),
-        (2, 1, (1, 9)),  # the token that begins every text stays first, and comes once
-        (6, 1, (1, 7, 2, 3, 4, 9)),
-        (20, 1, (1, 8, 9, 5, 6, 7, 2, 3, 4, 9)),  # all there is
-        (2, 8, (8, 9)),  # no row begins with it
+        (1, (), (9,)),  # none fits: the end of the shortest
+        (4, (), (1, 5, 6, 7)),  # the longest that fits
+        (9, (), (1, 5, 6, 7, 1, 2, 3, 4, 9)),  # the others in their order, before it
+        (6, (), (7, 1, 2, 3, 4, 9)),
+        (2, (1,), (1, 9)),  # what begins every text stays first, and comes once
+        (6, (1,), (1, 7, 2, 3, 4, 9)),
+        (20, (1,), (1, 8, 9, 5, 6, 7, 2, 3, 4, 9)),  # all there is
+        (2, (8,), (8, 9)),  # no row begins with it
     ],
 )
 def test_start_is_a_whole_row_and_the_end_of_others(
-    length: int, bos: int | None, expected: tuple[int, ...]
+    length: int, front: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     rows = [(1, 2, 3, 4, 9), (1, 5, 6, 7), (1, 8, 9)]
-    assert default_start(rows, length, bos=bos) == expected
+    assert default_start(rows, length, front=front) == expected
+
+
+def test_a_mark_that_begins_each_turn_of_a_chat_stays_in_the_start() -> None:
+    tokenizer = byte_tokenizer(chat_template=CHATML)
+    tokenizer.bos_token = "<|im_start|>"  # as SmolLM2's
+    rows = [Row(values={"instruction": text, "output": "yes"}, origin="r") for text in ("a", "b")]
+    examples, _ = build_examples(rows, tokenizer, DataConfig(template="chat"))
+    base = LoadedBase(model=None, tokenizer=tokenizer, name="none", dtype_reason="none")
+    length = 2 * len(examples[0].input_ids)
+    config = prefix_config_of(None, {"length": length}, base, examples)
+    assert config.init_tokens == examples[1].input_ids + examples[0].input_ids
 
 
 def test_prefix_starts_from_the_kv_of_the_text_that_is_given(place: Path, tmp_path: Path) -> None:

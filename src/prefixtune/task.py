@@ -5,6 +5,7 @@ Rows with the same prompt are one input, and what they want are its references.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,8 +216,13 @@ class Task:
 
 
 def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
-    """The labels as the references write them, white space around included, because it makes other tokens."""
-    written: dict[str, str] = {}
+    """The labels as the references write them, white space around included, because it makes other tokens.
+
+    A label is written as most of its references have it; one that none has gets the white space around that
+    most references have, unless it was given with its own.
+    """
+    written: dict[str, Counter[str]] = {}
+    around: Counter[tuple[str, str]] = Counter()
     for one in inputs:
         for text, origin in zip(one.references, one.origins, strict=True):
             if not text.strip():
@@ -224,18 +230,23 @@ def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
                     f"{origin}: accuracy: the reference is empty, which is no label",
                     hint="take the row out, or write a word for it, such as none",
                 )
-            written.setdefault(text.strip(), text)
+            before, label, after = text.partition(text.strip())
+            written.setdefault(label, Counter())[text] += 1
+            around[before, after] += 1
             if given and text.strip() not in {label.strip() for label in given}:
                 raise DataError(
                     f"{origin}: accuracy: expected one of the labels {', '.join(given)} as "
                     f"reference; got {text.strip()[:60]!r}",
                     hint="give all labels, as the rows write them, but for white space around",
                 )
+    forms = {label: texts.most_common(1)[0][0] for label, texts in written.items()}
     if given:
-        return [written.get(label.strip(), label) for label in given]
+        before, after = around.most_common(1)[0][0]
+        unseen = {label: f"{before}{label}{after}" if label == label.strip() else label for label in given}
+        return [forms.get(label.strip(), unseen[label]) for label in given]
     if not 2 <= len(written) <= FEW:
         raise ConfigError(
             f"accuracy: expected 2 to {FEW} distinct references to take for labels; got {len(written)}",
             hint="name the labels: --labels positive,negative",
         )
-    return list(written.values())
+    return list(forms.values())

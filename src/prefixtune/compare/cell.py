@@ -22,7 +22,7 @@ from prefixtune.compare.rows import Question, Rows
 from prefixtune.compare.scoring import score_answers, write_answers
 from prefixtune.compare.settings import ALL_PEERS
 from prefixtune.config import PrefixConfig, TrainConfig
-from prefixtune.data import Example, added_tokens, special_beside
+from prefixtune.data import Example, added_tokens, special_beside, text_start
 from prefixtune.errors import DataError, RunError
 from prefixtune.fingerprint import Fingerprint
 from prefixtune.forgetting import NeutralTexts, forgetting
@@ -260,8 +260,7 @@ def _peer(
 
 def _start(base: LoadedBase, examples: Sequence[Example], length: int) -> tuple[int, ...]:
     """As for our own prefix."""
-    bos = getattr(base.tokenizer, "bos_token_id", None)
-    return default_start(telling_rows(examples), length, bos=bos)
+    return default_start(telling_rows(examples), length, front=text_start(base.tokenizer))
 
 
 def _served(model: Any, precision: Any) -> int:
@@ -386,7 +385,6 @@ def _after(before: Sequence[int], example: Example, tokenizer: Any) -> Example:
 
 def _joined(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
     """One text after the other, of which the first alone has what begins each text."""
-    # a chat template may write the BOS by itself
-    start = added_tokens(tokenizer)[0] or [tokenizer.bos_token_id]
+    start = text_start(tokenizer)
     begun = list(before[: len(start)]) == start == list(ids[: len(start)])
     return (*before, *ids[len(start) if begun else 0 :])

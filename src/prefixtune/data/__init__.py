@@ -21,7 +21,7 @@ from prefixtune.data.examples import (
 from prefixtune.data.row import Row
 from prefixtune.data.show import example_text
 from prefixtune.data.sources import check_splits, load_rows, parse_fields
-from prefixtune.data.templates import added_tokens
+from prefixtune.data.templates import added_tokens, text_start
 
 __all__ = [
     "Collator",
@@ -41,4 +41,5 @@ __all__ = [
     "load_rows",
     "parse_fields",
     "special_beside",
+    "text_start",
 ]

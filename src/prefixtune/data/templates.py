@@ -22,6 +22,7 @@ __all__ = [
     "Template",
     "added_tokens",
     "empty_target",
+    "text_start",
     "token_ids",
 ]
 
@@ -92,6 +93,22 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
         f"the tokenizer reads 'a1' as the tokens {bare}, and as {whole} where it adds its special tokens, "
         "so what it adds to a text cannot be told"
     )
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """What begins each text once: what the tokenizer adds, or the BOS that only the chat template writes.
+
+    A BOS that begins every turn of a chat (SmolLM2's is <|im_start|>) begins no text.
+    """
+    start, bos = added_tokens(tokenizer)[0], tokenizer.bos_token_id
+    if start or bos is None or not getattr(tokenizer, "chat_template", None):
+        return start
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    try:
+        ids = token_ids(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False), special=False)
+    except Exception:  # a template is a program: it raises what it likes about roles and their order
+        return []
+    return [bos] if ids[:1] == [bos] and ids.count(bos) == 1 else []
 
 
 def empty_target(row: Row, name: str, what: str = "empty") -> NoTargetError:

@@ -13,7 +13,7 @@ import torch
 
 from prefixtune.attachment import position_limit
 from prefixtune.config import DataConfig
-from prefixtune.data import Row, build_prompts
+from prefixtune.data import Row, build_prompts, text_start
 from prefixtune.data.row import check_text
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import PLACEHOLDER, prompt_row
@@ -75,8 +75,9 @@ class Context:
         """
         if not self.is_turn:
             alone = prompts_of(questions, tokenizer, self.template)
-            starts = self.ids[:1] == (tokenizer.bos_token_id,)
-            return [ids[1:] if starts and ids[:1] == self.ids[:1] else ids for ids in alone]
+            start = tuple(text_start(tokenizer))
+            begun = self.ids[: len(start)] == start
+            return [ids[len(start) :] if begun and ids[: len(start)] == start else ids for ids in alone]
         found = []
         for ids in _prompts(
             [_after_system(self.text, question) for question in questions], tokenizer, "chat"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from prefixtune.errors import DataError
@@ -40,7 +41,7 @@ def check_json(references: Sequence[Sequence[str]], origins: Sequence[Sequence[s
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse, parse_int=_whole)
+    return json.loads(text, parse_constant=_refuse, parse_int=_number, parse_float=_number)
 
 
 def _parses(text: str) -> bool:
@@ -51,11 +52,11 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _whole(digits: str) -> int | tuple[str]:
-    """Python reads no number of more than 4,300 digits, which are JSON all the same: it equals itself."""
+def _number(digits: str) -> Decimal | tuple[str]:
+    """All its digits: as a float 1e999 would equal 5e500. One with too many of them equals itself."""
     try:
-        return int(digits)
-    except ValueError:
+        return Decimal(digits)
+    except InvalidOperation:
         return (digits,)
 
 

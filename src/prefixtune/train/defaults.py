@@ -12,7 +12,7 @@ import torch
 
 from prefixtune.attachment import packs
 from prefixtune.config import PrefixConfig, TrainConfig, check_damping
-from prefixtune.data import Example
+from prefixtune.data import Example, text_start
 from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
@@ -95,7 +95,9 @@ def default_length(rows: int) -> int:
     return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(3.2 * math.sqrt(rows))))
 
 
-def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None = None) -> tuple[int, ...]:
+def default_start(
+    rows: Sequence[Sequence[int]], length: int, *, front: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Token ids whose KV a prefix starts from: a whole row, prompt and target, as an example of the task.
 
     It is the longest row that fits into `length` tokens, and what is left before it is the end of other rows.
@@ -103,7 +105,7 @@ def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None
 
     Args:
         rows: token ids of the training rows, in their order.
-        bos: the token that begins every text, where there is one; it stays first.
+        front: what begins every text, `prefixtune.data.text_start`; where rows have it, it stays first.
 
     Returns:
         `length` ids, fewer where all rows together have fewer.
@@ -117,7 +119,7 @@ def default_start(rows: Sequence[Sequence[int]], length: int, *, bos: int | None
         chosen = max(fitting, key=lambda number: len(rows[number]))
     else:
         chosen = min(range(len(rows)), key=lambda number: len(rows[number]))
-    front = [bos] if bos is not None and all(list(row[:1]) == [bos] for row in rows) else []
+    front = list(front) if all(list(row[: len(front)]) == list(front) for row in rows) else []
     tokens: list[int] = []
     for row in [rows[chosen], *(row for number, row in enumerate(rows) if number != chosen)]:
         tokens = [*row[len(front) :], *tokens]
@@ -184,8 +186,8 @@ def prefix_config_of(
     if given.get("init_text") and base.tokenizer is not None:
         _tell_start(start_ids(base.tokenizer, given["init_text"])[1], given["length"], base.tokenizer)
     if "init" not in given:
-        bos = getattr(base.tokenizer, "bos_token_id", None)
-        tokens = default_start(telling_rows(examples), given["length"], bos=bos)
+        front = text_start(base.tokenizer) if base.tokenizer is not None else []
+        tokens = default_start(telling_rows(examples), given["length"], front=front)
         given |= {"init": "tokens", "init_tokens": tokens}
         shown = base.tokenizer.decode(tokens) if base.tokenizer is not None else tokens
         note(f"the prefix starts from the KV of: {shown!r:.200}")
