@@ -25,8 +25,10 @@ from families import COMMON, FAMILIES, randomised, tiny_model
 from prefixtune import PrefixConfig, PrefixModel
 from prefixtune.attachment import packed, packs
 from prefixtune.cli import main
+from prefixtune.compare import child as compare_child
 from prefixtune.config import DataConfig, TrainConfig
 from prefixtune.data import Example
+from prefixtune.distill import distill
 from prefixtune.errors import OutOfMemoryError, UnsupportedModelError
 from prefixtune.load import LoadedBase, empty_model, load_base, load_tokenizer, weight_files
 from prefixtune.loss import Passes
@@ -37,15 +39,17 @@ from prefixtune.memory import (
     check_fit,
     estimate,
     explain_full_memory,
+    keep_few_kernels,
     measure_step,
     reading_bytes,
     take_workspaces,
 )
 from prefixtune.memory.estimate import sampling_bytes
-from prefixtune.memory.host import group_room
+from prefixtune.memory.host import KERNEL_CACHES, KERNELS, group_room
 from prefixtune.memory.step import evaluation_step, training_step
 from prefixtune.quantize import QuantizedLinear
-from prefixtune.train import trainer_for
+from prefixtune.train import PrefixTrainer, trainer_for
+from prefixtune.train import train as run_train
 from prefixtune.train.defaults import packing_length_for
 from prefixtune.train.forecast import check_weights, forecast_for, setup_of
 from prefixtune.weights import made_anew, stored_tensors
@@ -354,14 +358,15 @@ def test_advice_leaves_out_what_a_model_cannot_have() -> None:
 def test_changes_together_leave_out_packing_where_reading_packed_weights_is_the_peak(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    base = small(num_hidden_layers=2, hidden_size=1024, vocab_size=30_000)
     wide = setup(lengths=(256,) * 8, longest=256)
-    peak = estimate(small(num_hidden_layers=2), wide, available=PLENTY).peak
+    peak = estimate(base, wide, available=PLENTY).peak
     monkeypatch.setattr(
         sys.modules["prefixtune.memory.estimate"],
         "reading_bytes",
         lambda *_, quantize, **__: peak - 1 if quantize else 0,
     )
-    found = estimate(small(num_hidden_layers=2), wide, available=1)
+    found = estimate(base, wide, available=1)
     packed_ = next(item for item in found.advice if item.change == "--quantize int8")
     assert packed_.while_loading
     assert "--quantize int8 needs" in found.hint
@@ -392,7 +397,7 @@ def test_changes_that_do_nothing_alone_are_told_where_together_they_are_enough()
     plan = setup(lengths=(600,), longest=600, neutral_lengths=(64, 64), dtype=torch.bfloat16)
     step = estimate(base, plan, available=PLENTY)
     one = estimate(base, dataclasses.replace(plan, sampled_rows=1), available=PLENTY)
-    rows = (step.peak - one.sampling) // (one.sampling - step.step.weights - step.step.prefix) + 2
+    rows = (step.peak - one.sampling) // (one.sampling - step.step.weights - step.step.prefix) + 3
     alike = dataclasses.replace(plan, sampled_rows=rows)
     both = dataclasses.replace(alike, checkpointing=True, neutral_lengths=(), sampled_rows=0)
     peak = estimate(base, both, available=PLENTY).peak
@@ -889,7 +894,8 @@ def train(
     args = ["train", "--model", place / "model", "--data", place / "rows.json", "--output", place / output]
     args += ["--per-device-train-batch-size", FEW, "--report-to", "none", "--json", *more]
     # Large tensors each get a mapping of their own, so that a limit holds them whatever malloc has kept.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    kept = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    environment = {**kept, "HF_HUB_OFFLINE": "1"}
     if limited:
         environment["MALLOC_MMAP_THRESHOLD_"] = str(128 * 1024)
     line = [sys.executable, "-c", RUN.format(limited=limited), *map(str, args)]
@@ -971,6 +977,68 @@ def test_experts_in_bfloat16_take_what_is_estimated(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+
+
+def test_many_lengths_of_padded_rows_take_what_is_estimated(tmp_path: Path) -> None:
+    """oneDNN makes kernels for each length, and PyTorch and it would keep a thousand of them."""
+    config = hf.BloomConfig(vocab_size=2_000, hidden_size=256, n_layer=6, n_head=8)
+    torch.manual_seed(0)
+    hf.BloomForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"instruction": "word " * (5 + i % 70), "input": "", "output": "yes " * 20} for i in range(320)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = train(tmp_path, "--dtype", "auto", "--retain", 0, "--max-steps", 40)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["estimated_peak_bytes"] == pytest.approx(result["peak_bytes"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("has", ["LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+def test_what_the_environment_says_of_kernels_holds(has: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.setenv(name, "1")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(has, "500")
+    keep_few_kernels()
+    assert {name: os.environ[name] for name in KERNEL_CACHES} == {
+        name: "500" if name == has else str(KERNELS) for name in KERNEL_CACHES
+    }
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", ["train", "distill", "compare", "trainer"])
+def test_few_kernels_are_kept_from_the_first_matmul_on(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.setenv(name, "1")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+
+    def stop(*_: Any, **__: Any) -> None:
+        assert all(os.environ.get(name) == str(KERNELS) for name in KERNEL_CACHES)
+        raise StoppedError
+
+    monkeypatch.setattr("prefixtune.train.session.check_weights", stop)
+    monkeypatch.setattr("prefixtune.distill.session.check_weights", stop)
+    monkeypatch.setattr("transformers.Trainer.__init__", stop)
+    monkeypatch.setattr(compare_child, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(compare_child, "_run", stop)
+    task = {"plan": {"values": {"train": "t", "eval": "e"}}, "cell": "x", "result": "r"}
+    (tmp_path / "task.json").write_text(json.dumps({**task, "failure": str(tmp_path / "failure.json")}))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "task.json")])
+    ways = {
+        "train": lambda: run_train(model="m", data="d", output=tmp_path / "run"),
+        "distill": lambda: distill(model="m", text="a", output=tmp_path / "run"),
+        "compare": compare_child.main,
+        "trainer": lambda: PrefixTrainer(pad_token_id=0),
+    }
+    with pytest.raises(SystemExit if way == "compare" else StoppedError):
+        ways[way]()
+    if way == "compare":
+        assert json.loads((tmp_path / "failure.json").read_text())["kind"] == "StoppedError"
 
 
 QUANTISED = """

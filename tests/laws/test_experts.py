@@ -9,7 +9,8 @@ import torch
 from transformers.integrations import moe
 
 from families import VOCAB, tiny_model
-from prefixtune.attachment import aligned_experts, compile_layers, experts, keeps_kernels
+from prefixtune.attachment import aligned_experts, compile_layers, experts
+from prefixtune.attachment.experts import keeps_kernels
 from prefixtune.loss import Passes, RowTokens
 
 MIXTURES = ("mixtral", "gpt-oss")

@@ -16,7 +16,7 @@ halves), and `packed` with `documents` (several documents in one row without pad
 `rows` (a batch whose rows join and leave) and `flat` (their next tokens and prompts in one pass).
 """
 
-from prefixtune.attachment.experts import aligned_experts, keeps_kernels
+from prefixtune.attachment.experts import aligned_experts
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
 from prefixtune.attachment.forward import position_limit
 from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
@@ -34,7 +34,6 @@ __all__ = [
     "empty_rows",
     "flat_runner",
     "head_of",
-    "keeps_kernels",
     "last_hidden",
     "most_positions",
     "multiply_once",

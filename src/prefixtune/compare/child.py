@@ -20,6 +20,7 @@ import psutil
 from prefixtune.compare.plan import Plan, plan_of
 from prefixtune.compare.rows import Rows, write_json
 from prefixtune.errors import PrefixTuneError
+from prefixtune.memory import keep_few_kernels
 
 __all__ = ["main"]
 
@@ -28,6 +29,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     plan = plan_of(**task["plan"])
+    keep_few_kernels()
     result = Path(task["result"])
     try:
         if task["cell"] is None:

@@ -36,7 +36,7 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import ending
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.loss import PASS_TOKENS, Passes
-from prefixtune.memory import readable
+from prefixtune.memory import keep_few_kernels, readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train import TrainResult, one_process_only, train_examples
@@ -149,6 +149,7 @@ def distill(
     if record and (known := _known(output)):
         note(f"{output}: the run has come to its end already; nothing to do")
         return dataclasses.replace(known, output=str(output))
+    keep_few_kernels()
     check_weights(model, config, force=force)
     base = _load(model, config, began)
     asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefixtune.attachment import keeps_kernels
 from prefixtune.errors import OutOfMemoryError, PrefixTuneError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.memory.step import Setup, StepBytes, measure_step
@@ -27,8 +26,8 @@ CPU_SLACK = 0.15
 MAPPED, SCORE_HOLES = 32 * 2**20, 2
 # what the first step adds to a process for good: MKL's buffers, code that had not run yet (docs/memory.md)
 CPU_FIRST_STEP = 64 * 2**20
-# and what oneDNN's kernels for the sizes of experts' matmuls take (docs/memory.md)
-EXPERT_KERNELS = 180 * 2**20
+# and what oneDNN's kernels take in 16 bits, few of which are kept (docs/memory.md)
+KERNEL_BYTES = 48 * 2**20
 SHORTEST = 64  # tokens: rows are not advised to be cut below this
 
 
@@ -228,8 +227,8 @@ def estimate(
 def _slack(base: nn.Module, setup: Setup, passing: int) -> int:
     """What glibc and libraries hold beyond live bytes; of scores only where attention makes them whole."""
     slack = round(CPU_SLACK * passing) + CPU_FIRST_STEP
-    if keeps_kernels(base, setup.dtype, setup.device):
-        slack += EXPERT_KERNELS
+    if setup.dtype in (torch.bfloat16, torch.float16):
+        slack += KERNEL_BYTES
     config = text_config(base)
     heads = getattr(config, "num_attention_heads", None)
     whole = getattr(config, "_attn_implementation", None) == "eager" and not setup.packing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ __all__ = [
     "forget_peak",
     "give_back_freed",
     "group_room",
+    "keep_few_kernels",
     "measured_peak",
     "resident",
     "return_freed_memory",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 M_MMAP_THRESHOLD, FROM_BYTES = -3, 2**20  # malloc.h
+# of oneDNN: a pass needs two to three dozen (docs/memory.md)
+KERNELS, KERNEL_CACHES = 64, ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page
 # v2 has one tree, v1 one for each controller: (limit, usage, the page cache that can be given back)
@@ -163,6 +167,17 @@ def return_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, FROM_BYTES))
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN keep few of the kernels that it makes in 16 bits on a CPU, one for each size of matmul.
+
+    PyTorch and oneDNN keep 1,024 of them, about a gigabyte once rows of many lengths have come by. Both
+    caches are made with the process's first such matmul, so this comes before it; what the environment says
+    of them already holds.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from prefixtune.load import LoadedBase, load_base
 from prefixtune.memory import (
     Estimate,
     explain_full_memory,
+    keep_few_kernels,
     measured_peak,
     readable,
     return_freed_memory,
@@ -161,6 +162,7 @@ def train(
     if began and (record := finished(output, began["resolved"])):
         note(f"{output}: the run has come to its end already; nothing to do")
         return TrainResult(output=str(output), **record)
+    keep_few_kernels()
     check_weights(model, config, force=force)
     asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()
     examples, eval_examples, base = _load(model, data, eval_data, data_config, config, began, asked["date"])
