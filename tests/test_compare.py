@@ -25,7 +25,7 @@ from families import tiny_model
 from operations import Operations
 from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, PeerConfig, Plan, compare, plan_of, read_file
-from prefixtune.compare.cell import _after, _in_context, run_cell
+from prefixtune.compare.cell import _after, _in_context, _start, run_cell
 from prefixtune.compare.child import _run as run_child
 from prefixtune.compare.peers import lora_config, peer_model, peer_trainer, summed_loss
 from prefixtune.compare.prepare import make_rows
@@ -410,6 +410,8 @@ def test_a_mark_that_begins_each_turn_stays_with_a_row_after_a_prompt(bos: str) 
     base = LoadedBase(model=None, tokenizer=tokenizer, name="none", dtype_reason="none")
     after = _after(_in_context(None, base, [example]).context, example, tokenizer)
     assert after.input_ids == example.input_ids * 2
+    assert _start(base, [example], len(example.input_ids)) == example.input_ids
+    assert _start(base, [example] * 2, 2 * len(example.input_ids)) == example.input_ids * 2
     assert after.labels == (*[-100] * len(example.labels), *example.labels)
 
 

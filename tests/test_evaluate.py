@@ -272,7 +272,7 @@ def test_labels_are_the_distinct_references_written_as_the_rows_write_them() -> 
     ("written", "given", "compared"),
     [
         ([" no", " no"], ["no", "yes"], [" no", " yes"]),  # as the others are, where no row has it
-        (["no", "no"], ["no", " yes"], ["no", " yes"]),  # unless it was given with its own
+        ([" no", " no"], ["no", "yes "], [" no", "yes "]),  # unless it was given with its own
         (["no", " no", " no", "yes "], ["no", "yes", "so"], [" no", "yes ", " so"]),  # as most are
     ],
 )
