@@ -698,6 +698,10 @@ def test_start_is_a_whole_row_and_the_end_of_others(
     assert default_start(rows, length, front=front) == expected
 
 
+def test_a_start_is_no_longer_than_the_prefix() -> None:
+    assert default_start([(1, 2, 3), (1, 2, 4, 5)], 1, front=(1, 2)) == (1,)
+
+
 def test_a_mark_that_begins_each_turn_of_a_chat_stays_in_the_start() -> None:
     tokenizer = byte_tokenizer(chat_template=CHATML)
     tokenizer.bos_token = "<|im_start|>"  # as SmolLM2's

@@ -225,23 +225,24 @@ def _labels(given: Sequence[str], inputs: Sequence[Input]) -> list[str]:
     around: Counter[tuple[str, str]] = Counter()
     for one in inputs:
         for text, origin in zip(one.references, one.origins, strict=True):
-            if not text.strip():
+            label = text.strip()
+            if not label:
                 raise DataError(
                     f"{origin}: accuracy: the reference is empty, which is no label",
                     hint="take the row out, or write a word for it, such as none",
                 )
-            before, label, after = text.partition(text.strip())
+            before, _, after = text.partition(label)
             written.setdefault(label, Counter())[text] += 1
             around[before, after] += 1
-            if given and text.strip() not in {label.strip() for label in given}:
+            if given and label not in {one.strip() for one in given}:
                 raise DataError(
                     f"{origin}: accuracy: expected one of the labels {', '.join(given)} as "
-                    f"reference; got {text.strip()[:60]!r}",
+                    f"reference; got {label[:60]!r}",
                     hint="give all labels, as the rows write them, but for white space around",
                 )
     forms = {label: texts.most_common(1)[0][0] for label, texts in written.items()}
     if given:
-        before, after = around.most_common(1)[0][0]
+        before, after = max(around, key=lambda pair: around[pair], default=("", ""))
         unseen = {label: f"{before}{label}{after}" if label == label.strip() else label for label in given}
         return [forms.get(label.strip(), unseen[label]) for label in given]
     if not 2 <= len(written) <= FEW:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 M_MMAP_THRESHOLD, FROM_BYTES = -3, 2**20  # malloc.h
-# of oneDNN: a pass needs two to three dozen (docs/memory.md)
+# of oneDNN, in each of two caches (docs/memory.md)
 KERNELS, KERNEL_CACHES = 64, ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 GROUPS = Path("/sys/fs/cgroup")
 UNLIMITED = 2**60  # cgroup v1 writes "no limit" as the largest multiple of a page

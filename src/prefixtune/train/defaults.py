@@ -125,7 +125,7 @@ def default_start(
         tokens = [*row[len(front) :], *tokens]
         if len(front) + len(tokens) >= length:
             break
-    return (*front, *tokens[max(0, len(tokens) + len(front) - length) :])
+    return (*front, *tokens[max(0, len(tokens) + len(front) - length) :])[:length]
 
 
 def telling_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:

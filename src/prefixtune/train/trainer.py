@@ -30,7 +30,6 @@ from prefixtune.data import Collator, Example, as_example
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
-from prefixtune.memory import keep_few_kernels
 from prefixtune.progress import note, progress_bar
 from prefixtune.train.callbacks import Epoch, Metrics, Progress, restore_best
 from prefixtune.train.clock import Clock
@@ -76,7 +75,6 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.step: Step | None = None
         self.silent = SilentLayers()
         self.optimizer: Any = None
-        keep_few_kernels()
         super().__init__(*args, **kwargs)
         self.add_callback(Epoch())
         self._refuse_what_has_no_effect()
