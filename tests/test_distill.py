@@ -632,6 +632,11 @@ def test_run_with_another_text_or_damaged_questions_is_not_resumed(
     more = ["--num-train-epochs", 12, "--save-steps", 3, "--resume"]
     other = written(tmp_path, "other.txt", "Another text.")
     assert "text_sha256" in fail(*options(place, done[0], *more, "--text", other))
+    asked = place / "questions.jsonl"
+    before = asked.read_text(encoding="utf-8")
+    asked.write_text(before.replace("?", "!"), encoding="utf-8")
+    assert "questions_sha256" in fail(*options(place, done[0], *more))
+    asked.write_text(before, encoding="utf-8")
     run = cut(done[0], tmp_path / "cut", step=3)
     (run / "questions.jsonl").write_text("{}\n", encoding="utf-8")
     assert "questions.jsonl: missing or damaged" in fail(*options(place, run, *more))

@@ -375,15 +375,21 @@ def test_resume_with_other_options_is_refused_and_names_them(
     assert contents(run_folder) == before
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("changed", ["rows", "evaluation rows", "weights"])
 def test_resume_on_what_changed_under_the_same_name_is_refused(
-    place: Path, tmp_path: Path, changed: str
+    place: Path, tmp_path: Path, changed: str, ended: bool
 ) -> None:
     rows, watched = write_rows(tmp_path / "rows.jsonl", 24), write_rows(tmp_path / "eval.jsonl", 6)
     output, model = tmp_path / "run", shutil.copytree(place / "model", tmp_path / "model")
     args = [*options(place, output, *SHORT_RUN, "--model", model), "--data", rows, "--eval-data", watched]
     succeed(*args)
-    (output / "prefix.json").unlink()  # as if it had not come to its end
+    if ended:
+        kept = contents(output)
+        assert "nothing to do" in succeed(*args, "--resume").stderr
+        assert contents(output) == kept
+    else:
+        (output / "prefix.json").unlink()
     if changed == "weights":
         tiny_model("gpt2", seed=5, vocab_size=340).save_pretrained(model)
     else:

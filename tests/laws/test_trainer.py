@@ -402,6 +402,22 @@ def test_a_collator_that_makes_no_labels_is_told(tmp_path: Path) -> None:
         ours.train()
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [5, 6, 7]}, "a row has no labels; it has input_ids"),
+        ({"input_ids": [5, 6, 7], "labels": [5, 6]}, "3 input_ids, 3 of attention_mask and 2 labels"),
+        ({"input_ids": [5, 6, 700], "labels": [5, 6, 7]}, "token id 700 is beyond the model's vocabulary"),
+        ({"input_ids": [5, 6, 7], "labels": [5, 6, 700]}, "token id 700 is beyond the model's vocabulary"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_told(row: Any, message: str, tmp_path: Path) -> None:
+    ours = trainer("ours", fresh("llama"), tmp_path)
+    ours.data_collator, ours.train_dataset = Collator(0), [row] * 4
+    with pytest.raises(DataError, match=message):
+        ours.train()
+
+
 class _Skipping:
     """A layer that runs without a gradient in all steps, or in some."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefixtune.data.examples import Example
 from prefixtune.data.templates import NO_TARGET
+from prefixtune.errors import DataError
 
 __all__ = ["Collator", "as_example"]
 
@@ -28,7 +29,11 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
-        """input_ids, attention_mask and labels, each a LongTensor [B, T]; and the list of the rows' aims."""
+        """input_ids, attention_mask and labels, each a LongTensor [B, T]; and the list of the rows' aims.
+
+        Raises:
+            DataError: a row has no ids or no labels, or not as many of each.
+        """
         import torch
 
         rows = [_plain(example) for example in examples]
@@ -69,10 +74,17 @@ def _plain(example: Example | Mapping[str, Any]) -> tuple[list[int], list[int], 
     """ids, attention mask and labels of one example, as lists of the same length."""
     if isinstance(example, Example):
         return list(example.input_ids), [1] * len(example.input_ids), list(example.labels)
+    missing = sorted({"input_ids", "labels"} - set(example))
+    if missing:
+        raise DataError(f"a row has no {' and no '.join(missing)}; it has {', '.join(sorted(example))}")
     ids = _integers(example["input_ids"])
     mask = _integers(example["attention_mask"]) if "attention_mask" in example else [1] * len(ids)
     labels = _integers(example["labels"])
-    assert len(ids) == len(mask) == len(labels)
+    if not len(ids) == len(mask) == len(labels):
+        raise DataError(
+            f"a row has {len(ids)} input_ids, {len(mask)} of attention_mask and {len(labels)} labels",
+            hint="a label for each token, -100 where it is no target; they are not shifted",
+        )
     return ids, mask, labels
 
 

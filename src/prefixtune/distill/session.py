@@ -122,24 +122,25 @@ def distill(
     """
     settings, config = distill_config or DistillConfig(), config or TrainConfig(**DISTILL_TRAINING)
     options = dict(prefix_options or {})
+    PrefixConfig(**options)  # wrong values before any work, and wrong files
+    one_process_only("distill", hint="only train takes several")
+    if fields is not None and (questions is None or Path(questions).suffix.lower() == ".txt"):
+        what = "there are no --questions" if questions is None else f"{questions} has lines, and no fields"
+        raise ConfigError(f"fields: {what}, so it would have no effect", hint="leave --fields out")
+    given = read_questions(questions, fields=fields) if questions is not None else None
     asked: dict[str, Any] = {
         "distilled": True,
         "model": model,
-        "text_sha256": hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
+        "text_sha256": _hash(text),
         "instruction": instruction,
         "questions": questions,
+        "questions_sha256": None if given is None else _hash("\n".join(one.text for one in given)),
         "template": template,
         "fields": fields,
         "prefix": options,
         "distill_config": settings.to_dict(),
         "train_config": config.to_dict(),
     }
-    PrefixConfig(**options)  # wrong values before any work, and wrong files
-    one_process_only("distill", hint="only train takes several")
-    if fields is not None and (questions is None or Path(questions).suffix.lower() == ".txt"):
-        what = "there are no --questions" if questions is None else f"{questions} has lines, and no fields"
-        raise ConfigError(f"fields: {what}, so it would have no effect", hint="leave --fields out")
-    given = read_questions(questions, fields=fields) if questions is not None and not resume else None
     if not text.strip() and not (instruction or "").strip():
         raise DataError(
             "the text is empty, so there is nothing to distil", hint="give --text or --instruction"
@@ -223,6 +224,10 @@ def _gather(
     found = _Material(context=context, text_bytes=size, answered=answered, passes=passes, rows=rows)
     note(f"the teacher's hidden states take {readable(found.aims_bytes)} of memory")
     return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _load(model: str, config: TrainConfig, began: Mapping[str, Any] | None) -> LoadedBase:

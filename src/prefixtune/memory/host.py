@@ -32,7 +32,7 @@ __all__ = [
     "take_workspaces",
 ]
 
-M_MMAP_THRESHOLD, FROM_BYTES = -3, 2**20  # malloc.h
+M_MMAP_THRESHOLD = -3  # malloc.h
 # of oneDNN, in each of two caches (docs/memory.md)
 KERNELS, KERNEL_CACHES = 64, ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 GROUPS = Path("/sys/fs/cgroup")
@@ -158,15 +158,15 @@ def _room(group: Path, limit: str, usage: str, cache: str) -> int | None:
     return max(0, int(most) - used)
 
 
-def return_freed_memory() -> bool:
-    """Have this process give large tensors' memory back when they are freed. False where that is not glibc's.
+def return_freed_memory(from_bytes: int) -> bool:
+    """Have this process give memory back when it is freed, in blocks of so many bytes. False without glibc.
 
     glibc keeps freed blocks of up to 32 MiB and fragments: with gradient checkpointing a step took 941 MiB
     where 498 were enough. It costs page faults: up to a third more time for small batches.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, FROM_BYTES))
+    return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, from_bytes))
 
 
 def keep_few_kernels() -> None:

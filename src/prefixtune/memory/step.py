@@ -21,6 +21,8 @@ from prefixtune.quantize import saved_bytes
 __all__ = ["Setup", "StepBytes", "measure_step", "pass_tokens", "rows_of", "training_step", "without_weights"]
 
 
+# bytes of a block that is given back when it is freed: where all large tensors are, and logits alone
+ALL_LARGE, COPIED_LOGITS = 2**20, 8 * 2**20
 # the step of each base that was measured, by its setup: advice asks for the same ones again and again
 _MEASURED: WeakKeyDictionary[nn.Module, dict[Setup, StepBytes]] = WeakKeyDictionary()
 _TWINS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
@@ -82,6 +84,16 @@ class Setup:
         """Whether a run on a CPU gives freed blocks back: who recomputes asks for less memory at more time,
         and of large padded passes one's blocks hardly fit the next one's, of other sizes (docs/memory.md)."""
         return self.checkpointing or (not self.packing and self.tokens > PASS_TOKENS)
+
+    def frees_from(self, base: nn.Module) -> int | None:
+        """The size in bytes from which a run has freed blocks given back; None where glibc decides.
+
+        A soft cap makes several copies of a chunk of logits, of other sizes in each pass; where they are
+        below the 32 MiB that glibc gives back, they leave holes (docs/memory.md).
+        """
+        if self.frees_at_once:
+            return ALL_LARGE
+        return COPIED_LOGITS if getattr(text_config(base), "final_logit_softcapping", None) else None
 
     @property
     def eval_tokens(self) -> int:

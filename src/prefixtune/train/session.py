@@ -159,9 +159,6 @@ def train(
         one_process_only("find_learning_rate", hint="find a rate in one process, then give --learning-rate")
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
     joined().wait_for_everyone()  # before the first one writes the folder
-    if began and (record := finished(output, began["resolved"])):
-        note(f"{output}: the run has come to its end already; nothing to do")
-        return TrainResult(output=str(output), **record)
     keep_few_kernels()
     check_weights(model, config, force=force)
     asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()
@@ -228,6 +225,9 @@ def train_examples(
     if began:
         resolved = began["resolved"]
         check_resumed(output, resolved, same, processes=processes)
+        if record := finished(output, resolved):
+            note(f"{output}: the run has come to its end already; nothing to do")
+            return TrainResult(output=str(output), **record)
         if config.packing_length != began["asked"]["train_config"].get("packing_length"):
             length = packing_length_for(config, examples, base.model, pass_tokens=room())
             resolved = {**resolved, "packing_length": length}
@@ -249,8 +249,8 @@ def train_examples(
         texts_kept=resume and (output / RETENTION).exists(),  # of a run that is replaced they go
     )
     estimate = forecast(prefix_model, setup, force=force)
-    if setup.frees_at_once:
-        return_freed_memory()
+    if (size := setup.frees_from(base.model)) is not None:
+        return_freed_memory(size)
     if config.find_learning_rate and not resume:
         with explain_full_memory("the range test", hint=lambda: advice_for(prefix_model, setup, estimate)):
             test = find_learning_rate(base, examples, prefix=prefix_config, config=config, resolved=resolved)

@@ -29,6 +29,7 @@ from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example, as_example
 from prefixtune.errors import ConfigError, MissingExtraError, RunError
 from prefixtune.evaluate import target_loss
+from prefixtune.generate import check_ids
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens
 from prefixtune.progress import note, progress_bar
 from prefixtune.train.callbacks import Epoch, Metrics, Progress, restore_best
@@ -176,6 +177,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self.step = Step(self.accelerator.unwrap_model(model).prefix())
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
+        check_ids(self.passes.base, (ids.tolist() for row in rows for ids in (row.input_ids, row.labels)))
         total = torch.zeros((), device=self.args.device)
         for group in self.passes.plan(rows):
             with self.passes.loss([rows[row] for row in group], self.step.leaves) as loss:
