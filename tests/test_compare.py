@@ -588,6 +588,32 @@ def test_other_weights_or_settings_at_the_same_place_are_another_base(model: Pat
         run_cell(plan, cell, rows[0], tmp_path)
 
 
+def test_one_other_number_is_another_base(model: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(model, tmp_path / "llama"))
+    shutil.copy(model.parent / "rows.json", tmp_path)
+    plan = make_plan(place, methods=("base",), forgetting=False)
+    before = make_rows(plan)
+    other = load_base(str(place), dtype="float32").model
+    other.get_input_embeddings().weight.data[7, 5] += 1
+    other.save_pretrained(place)
+    after = make_rows(plan)
+    assert after.about["base"]["fingerprint"] == before.about["base"]["fingerprint"]  # it does not sample it
+    assert after.key(0) != before.key(0)
+
+
+def test_a_row_without_a_target_is_neither_asked_nor_in_the_loss(model: Path, tmp_path: Path) -> None:
+    shutil.copy(model.parent / "rows.json", tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    long = {**rows[0], "instruction": "long " * 200}
+    (tmp_path / "eval.json").write_text(json.dumps([long, *rows[:3]]), encoding="utf-8")
+    values = {"model": str(model), "train": str(tmp_path / "rows.json"), "eval": str(tmp_path / "eval.json")}
+    made = make_rows(
+        plan_of({**values, "forgetting": False}, data={"on_no_target": "drop", "max_length": 200})
+    )
+    assert len(made.questions) == 3
+    assert len(made.eval) == 3
+
+
 def test_other_rows_in_a_folder_and_other_packages_have_the_rows_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -718,6 +744,11 @@ def test_list_as_json_has_the_methods_and_settings_that_are_listed() -> None:
             "[settings.lora]\nranks = 8",
             "x.toml: settings.lora: lora has no setting ranks hint: it has alpha, ",
         ),
+        ("[settings.lora]\nwarmup_ratio = 7", "x.toml: settings.lora: warmup_ratio: expected a share"),
+        ("[settings.full]\nweight_decay = -3", "x.toml: settings.full: weight_decay: expected 0 or more"),
+        ("[settings.p-tuning]\nmax_grad_norm = -1", "x.toml: settings.p-tuning: max_grad_norm: expected 0"),
+        ("methods = ['loar']", "x.toml: methods: there is no method 'loar' hint: did you mean lora?"),
+        ("metrics = ['bleux']", "x.toml: metric: expected one of exact_match"),
         ("[settings.prefix]\nretain = 'no'", "x.toml: settings.prefix: retain: expected float; got 'no'"),
         ("[settings.a]\nof = ['lora']", "x.toml: settings.a: of: expected the name of a method; got"),
         (

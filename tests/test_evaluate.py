@@ -174,6 +174,14 @@ def test_what_is_cut_or_dropped_is_counted() -> None:
     assert found.exact_match is None
 
 
+def test_a_row_whose_prompt_leaves_no_room_for_its_target_is_not_asked_where_it_is_dropped() -> None:
+    long = Row(values={"instruction": "x" * 300, "output": "y"}, origin="r:4")
+    config = DataConfig(max_length=200, on_no_target="drop")
+    found = evaluate(bare(), TOKENIZER, [long, *ROWS], config, max_new_tokens=NEW, progress=False)
+    assert (found.rows, found.dropped_rows, len(found.samples)) == (3, 1, 3)
+    assert [sample["origin"] for sample in found.samples] == ["r:1", "r:2", "r:3"]
+
+
 def asked(*pairs: tuple[str, str]) -> list[Row]:
     return [
         Row(values={"instruction": instruction, "output": output}, origin=f"r:{number}")

@@ -116,6 +116,17 @@ def _positive(config: _Config, *names: str) -> None:
             raise ConfigError(f"{name}: expected more than 0; got {value}")
 
 
+def _zero_or_more(config: _Config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}: expected 0 or more; got {getattr(config, name)}")
+
+
+def _share(config: _Config, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise ConfigError(f"{name}: expected a share from 0 to 1; got {getattr(config, name)}")
+
+
 def chosen_layers(layers: str | None, count: int) -> tuple[int, ...]:
     """The numbers of the layers that train in a model of `count` layers, ascending; None means all.
 
@@ -329,9 +340,8 @@ class TrainConfig(_Config):
             "save_steps",
             "save_total_limit",
         )
-        for name in ("weight_decay", "max_grad_norm", "retain"):  # of which 0 switches off
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more; got {getattr(self, name)}")
+        _zero_or_more(self, "weight_decay", "max_grad_norm", "retain")  # of which 0 switches off
+        _share(self, "warmup_ratio")
         if self.token_damping is not None and not 0 <= self.token_damping <= 1:
             raise ConfigError(f"token_damping: expected 0 to 1; got {self.token_damping}")
         if self.find_learning_rate and self.learning_rate is not None:
@@ -341,8 +351,6 @@ class TrainConfig(_Config):
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"warmup_ratio: expected a share from 0 to 1; got {self.warmup_ratio}")
 
 
 def check_damping(prefix: PrefixConfig, train: TrainConfig) -> None:

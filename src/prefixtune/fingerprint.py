@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "weights_digest"]
 
 # The fingerprint has 48 values from each of six matrices, the embedding and others over the depth, and 4 from
 # each other parameter: a merged LoRA changes some kinds of layer alone, and norms and biases are tuned alone.
@@ -88,6 +88,18 @@ class Fingerprint:
             for samples in (record["values"], record.get("rotary") or {})  # earlier folders have none
         )
         return cls(values=values, dtype=record["dtype"], rotary=rotary)
+
+
+@torch.no_grad()
+def weights_digest(base: nn.Module) -> str:
+    """sha256 of all weights and buffers in memory: any other number is another digest."""
+    found = hashlib.sha256()
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:  # else it is on a disk
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(raw.numpy().data)
+    return found.hexdigest()
 
 
 def _sampled(tensor: torch.Tensor, count: int) -> list[float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.config import DataConfig
-from prefixtune.data import Prompt, Row, build_prompts, special_beside
+from prefixtune.data import Prompt, Row, build_prompts, rows_with_targets, special_beside
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.generate import check_positions, ending, generate_batch
 from prefixtune.likelihood import check_labels, choose_labels
@@ -62,10 +62,10 @@ class Result:
 
 
 def inputs_of(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[Input]:
-    """The distinct prompts of the rows, in the order in which they first come."""
+    """The distinct prompts of the rows that are not dropped, in the order in which they first come."""
     inputs: dict[tuple[int, ...], Input] = {}
-    for row in rows:
-        for prompt in build_prompts([row], tokenizer, config):  # none of a row that is dropped
+    for row in rows_with_targets(rows, tokenizer, config):
+        for prompt in build_prompts([row], tokenizer, config):
             new = Input(row=row, prompt=prompt, references=[], origins=[])
             known = inputs.setdefault(prompt.input_ids, new)
             if prompt.reference not in known.references:

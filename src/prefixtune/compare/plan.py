@@ -19,6 +19,7 @@ from prefixtune.compare.machine import versions
 from prefixtune.compare.settings import Method, methods_of, naming
 from prefixtune.config import DataConfig, TrainConfig, _Config, chosen_layers, option
 from prefixtune.errors import ConfigError
+from prefixtune.metrics import check_metrics, is_own
 from prefixtune.progress import note
 
 __all__ = ["Cell", "CompareConfig", "Plan", "plan_of", "read_file"]
@@ -28,7 +29,7 @@ FOLLOWED = {
     "lora": ("length", "layers", "projection", "hidden_size"),
     **dict.fromkeys(("prompt-tuning", "p-tuning", "peft-prefix", "prefix"), ("length",)),
 }
-LAYOUT = 3  # of data.json: a file of another is made anew
+LAYOUT = 4  # of data.json: a file of another is made anew
 NOT_CONFIG = ("output", "data", "settings")  # of a file, beside the options of CompareConfig
 EVAL_ROWS = 100  # inputs that are measured on unless it is said, or as many as there are
 DEFAULT_METHODS = ("base", "lora", "peft-prefix", "prefix")
@@ -284,10 +285,12 @@ def read_file(path: Path) -> dict[str, Any]:
             hint=f"the options are {', '.join([*known, *NOT_CONFIG])}",
         )
     with naming(str(path)):
-        CompareConfig.of(values)
+        config = CompareConfig.of(values)
         with naming("data"):
             _data_config(table.get("data", {}))
-        methods_of((), table.get("settings", {}))
+        methods_of(config.methods, table.get("settings", {}))
+        if "metrics" in values:
+            check_metrics([name for name in config.metrics if not is_own(name)])  # which run imports
     return table
 
 

@@ -13,9 +13,18 @@ from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import EVAL_ROWS, Plan, digest
 from prefixtune.compare.rows import Question, Rows, first_rows
 from prefixtune.config import DataConfig
-from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
+from prefixtune.data import (
+    Example,
+    Row,
+    build_examples,
+    build_prompts,
+    check_splits,
+    load_rows,
+    parse_fields,
+    rows_with_targets,
+)
 from prefixtune.errors import DataError
-from prefixtune.fingerprint import Fingerprint
+from prefixtune.fingerprint import Fingerprint, weights_digest
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
 from prefixtune.generate import check_ids, ending
 from prefixtune.geometry import Geometry, text_config
@@ -176,7 +185,8 @@ def _described(model: Any) -> dict[str, Any]:
     """What makes the base another one, wherever it lies: its weights, and how it computes and generates."""
     config = {**model.config.to_dict(), "_name_or_path": None}
     settings = digest([config, model.generation_config.to_dict()])
-    return {"settings": settings, "fingerprint": Fingerprint.of(model).to_dict()}
+    weights = {"fingerprint": Fingerprint.of(model).to_dict(), "digest": weights_digest(model)}
+    return {"settings": settings, **weights}
 
 
 def _evaluation(
@@ -198,8 +208,8 @@ def _evaluation(
     ]
     counts: Counter[tuple[int, ...]] = Counter()
     kept = []
-    for row in rows:
-        for prompt in build_prompts([row], tokenizer, data):  # none of a row that is dropped
+    for row in rows_with_targets(rows, tokenizer, data):
+        for prompt in build_prompts([row], tokenizer, data):
             counts[prompt.input_ids] += 1
             if prompt.input_ids in wanted and counts[prompt.input_ids] <= LOSS_REFERENCES:
                 kept.append(row)

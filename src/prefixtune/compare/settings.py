@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefixtune.config import PrefixConfig, TrainConfig, _Config, check_damping, option
+from prefixtune.config import (
+    PrefixConfig,
+    TrainConfig,
+    _Config,
+    _positive,
+    _share,
+    _zero_or_more,
+    check_damping,
+    option,
+)
 from prefixtune.errors import ConfigError
 
 __all__ = ["ALL_PEERS", "KINDS", "METHODS", "Method", "PeerConfig", "methods_of", "naming"]
@@ -59,10 +68,9 @@ class PeerConfig(_Config):
     alpha: float | None = option(None, "LoRA's scale; twice the rank unless given")
 
     def check(self) -> None:
-        for name in ("learning_rate", "length", "hidden_size", "rank", "alpha"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}: expected more than 0; got {value}")
+        _positive(self, "learning_rate", "length", "hidden_size", "rank", "alpha")
+        _zero_or_more(self, "weight_decay", "max_grad_norm")
+        _share(self, "warmup_ratio")
 
 
 LOOKED_AT = {

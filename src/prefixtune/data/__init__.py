@@ -17,6 +17,7 @@ from prefixtune.data.examples import (
     build_examples,
     build_prompts,
     default_template,
+    rows_with_targets,
 )
 from prefixtune.data.row import Row
 from prefixtune.data.show import example_text
@@ -40,6 +41,7 @@ __all__ = [
     "fix_date",
     "load_rows",
     "parse_fields",
+    "rows_with_targets",
     "special_beside",
     "text_start",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,15 @@ from prefixtune.data.templates import (
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.progress import progress_bar
 
-__all__ = ["DataReport", "Example", "Prompt", "build_examples", "build_prompts", "default_template"]
+__all__ = [
+    "DataReport",
+    "Example",
+    "Prompt",
+    "build_examples",
+    "build_prompts",
+    "default_template",
+    "rows_with_targets",
+]
 
 ONE_BOS = "human-one-bos"
 
@@ -208,6 +217,19 @@ def build_examples(
         inner_eos=bool(after),
     )
     return examples, report
+
+
+def rows_with_targets(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[Row]:
+    """The rows that `build_examples` has examples of; with on_no_target="error" all, and it refuses some."""
+    if config.on_no_target == "error":
+        return list(rows)
+    template = _template_for(config.template, tokenizer)
+    found = []
+    for row in rows:
+        with suppress(NoTargetError):
+            _cut(template.encode(row), row, config.max_length)
+            found.append(row)
+    return found
 
 
 def build_prompts(rows: Sequence[Row], tokenizer: Any, config: DataConfig) -> list[Prompt]:

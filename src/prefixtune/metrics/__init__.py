@@ -22,6 +22,7 @@ __all__ = [
     "check_metrics",
     "check_references",
     "exact_match",
+    "is_own",
     "measure",
     "measure_each",
     "score",
