@@ -23,7 +23,7 @@ from packaging.version import Version
 
 from families import COMMON, FAMILIES, randomised, tiny_model
 from prefixtune import PrefixConfig, PrefixModel
-from prefixtune.attachment import packed, packs
+from prefixtune.attachment import documents, packed, packs
 from prefixtune.cli import main
 from prefixtune.compare import child as compare_child
 from prefixtune.config import DataConfig, TrainConfig
@@ -46,7 +46,7 @@ from prefixtune.memory import (
 )
 from prefixtune.memory.estimate import sampling_bytes
 from prefixtune.memory.host import KERNEL_CACHES, KERNELS, group_room
-from prefixtune.memory.step import evaluation_step, training_step
+from prefixtune.memory.step import evaluation_step, training_step, without_weights
 from prefixtune.quantize import QuantizedLinear
 from prefixtune.train import train as run_train
 from prefixtune.train import trainer_for
@@ -1264,3 +1264,25 @@ def test_training_is_refused_before_it_begins_where_it_cannot_fit(
     monkeypatch.setattr(room, "budget", lambda device: room.resident(device) + 10 * MIB)
     early = call(*line, "--dtype", "float32")
     assert "the weights take" in early.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_part_of_attention_stands_for_all_parts(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (700, 300, 20, 4)
+    given = setup(lengths=lengths, longest=700, row_tokens=256, checkpointing=checkpointing)
+    take, taken = documents._take, []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        taken.append(arguments)
+        return take(*arguments)
+
+    monkeypatch.setattr(documents, "_take", counted)
+    one = measure_step(without_weights(tiny_model(family)), given)
+    few = len(taken)
+    monkeypatch.setattr(documents, "FakeTensor", type(None))
+    all_ = measure_step(without_weights(tiny_model(family)), given)
+    assert one == all_
+    assert len(taken) > 3 * few

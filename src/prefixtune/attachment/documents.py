@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 __all__ = ["Layout", "attend_documents"]
@@ -249,6 +250,10 @@ def _joined(text: Tensor, prefix: Tensor) -> Tensor:
     return torch.cat([prefix.to(text).transpose(0, 1), text.transpose(0, 1)]).flatten(0, 1)
 
 
+def _largest_last(batches: Sequence[Batch]) -> list[Batch]:
+    return sorted(batches, key=lambda batch: batch.mask.numel())
+
+
 def _take(rows: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rows.index_select(0, index).view(shape)
 
@@ -278,6 +283,9 @@ class _Documents(torch.autograd.Function):
 
     Keys and values, which several tiles have, are kept once and gathered again for the backward pass. Where
     scores have a soft cap, its slope is computed again too.
+
+    Of tensors without data, whose bytes an estimate counts, the two largest batches alone are computed: one's
+    tensors go when the next one's take their names. Of the others there is what is kept.
     """
 
     @staticmethod
@@ -301,8 +309,15 @@ class _Documents(torch.autograd.Function):
         keys, values = _joined(key, prefix_key), _joined(value, prefix_value)
         out = value.new_empty(tokens * kv_heads, heads // kv_heads * value.shape[2])
         kept = [keys, values]
-        for batch in ctx.batches:
+        if isinstance(query, FakeTensor):
+            ctx.batches, ctx.passed_over = _largest_last(ctx.batches), len(ctx.batches) - 2
+        else:
+            ctx.passed_over = 0
+        for number, batch in enumerate(ctx.batches):
             many, rows, width = batch.mask.shape
+            if number < ctx.passed_over:
+                kept += [query.new_empty(many, rows, dim), query.new_empty(many, rows, width)]
+                continue
             q = _take(queries, batch.queries, (many, rows, dim))
             k = _take(keys, batch.keys, (many, width, dim))
             v = _take(values, batch.keys, (many, width, value.shape[2]))
@@ -330,8 +345,10 @@ class _Documents(torch.autograd.Function):
         of_key = sums.new_zeros((length + tokens) * kv_heads, dim)
         of_value = sums.new_zeros((length + tokens) * kv_heads, value_dim)
         of_query = gradients.new_empty(tokens * kv_heads, heads // kv_heads * dim)
-        for batch in ctx.batches:
+        for number, batch in enumerate(ctx.batches):
             q, weights = next(kept), next(kept)
+            if number < ctx.passed_over:
+                continue
             many, _, width = weights.shape
             v = _take(values, batch.keys, (many, width, value_dim))
             out = _take(gradients, batch.queries, (*weights.shape[:2], value_dim))

@@ -13,16 +13,7 @@ from prefixtune.compare.machine import describe_machine
 from prefixtune.compare.plan import EVAL_ROWS, Plan, digest
 from prefixtune.compare.rows import Question, Rows, first_rows
 from prefixtune.config import DataConfig
-from prefixtune.data import (
-    Example,
-    Row,
-    build_examples,
-    build_prompts,
-    check_splits,
-    load_rows,
-    parse_fields,
-    rows_with_targets,
-)
+from prefixtune.data import Example, Row, build_examples, build_prompts, check_splits, load_rows, parse_fields
 from prefixtune.errors import DataError
 from prefixtune.fingerprint import Fingerprint, weights_digest
 from prefixtune.forgetting import NeutralTexts, neutral_losses, neutral_texts
@@ -208,8 +199,8 @@ def _evaluation(
     ]
     counts: Counter[tuple[int, ...]] = Counter()
     kept = []
-    for row in rows_with_targets(rows, tokenizer, data):
-        for prompt in build_prompts([row], tokenizer, data):
+    for row in rows:
+        for prompt in build_prompts([row], tokenizer, data):  # of rows that are dropped none is wanted
             counts[prompt.input_ids] += 1
             if prompt.input_ids in wanted and counts[prompt.input_ids] <= LOSS_REFERENCES:
                 kept.append(row)
