@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,10 +96,19 @@ def weights_digest(base: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # else it is on a disk
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(raw.numpy().data)
+        for part in _parts(tensor.detach()):
+            if not part.is_meta:  # else it is on a disk
+                found.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that a quantised one is made of; itself where it is plain."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _sampled(tensor: torch.Tensor, count: int) -> list[float]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from families import FAMILIES, tiny_model
 from laws.oracle import TOLERANCE, A, B, C
@@ -21,7 +22,7 @@ from prefixtune import PrefixConfig, PrefixKV, PrefixModel, attach
 from prefixtune.config import SCHEMES
 from prefixtune.data import Example
 from prefixtune.errors import ConfigError, StorageError, UnsupportedModelError
-from prefixtune.fingerprint import Fingerprint
+from prefixtune.fingerprint import Fingerprint, weights_digest
 from prefixtune.geometry import Geometry, compute_dtype
 from prefixtune.quantize import QuantizedLinear, count_numbers, quantization, quantize_base, saved_bytes
 from prefixtune.train import PrefixTrainer
@@ -355,3 +356,14 @@ def test_a_quantised_base_is_not_quantised_again(tmp_path: Path) -> None:
     for base in (quantised("llama", "int8"), bitsandbytes_base(tmp_path, **NF4)):
         with pytest.raises(ConfigError, match="already"):
             quantize_base(base, "nf4")
+
+
+def test_one_number_of_a_wrapped_tensor_is_another_digest() -> None:
+    def made(number: float) -> str:
+        layer = nn.Linear(2, 2, bias=False)
+        inner = torch.zeros(2, 2), torch.full((2, 2), number)
+        layer.weight = nn.Parameter(TwoTensor(*inner), requires_grad=False)
+        return weights_digest(layer)
+
+    assert made(1.0) == made(1.0)
+    assert made(1.0) != made(2.0)
