@@ -122,12 +122,13 @@ def main() -> None:
     from bases import matmul_parameters, read_base
     from contestants import Contestant, Job, make_trainer
     from prefixtune.data import Example
-    from prefixtune.memory import keep_few_kernels
     from prefixtune.quantize import count_numbers
 
     transformers.logging.set_verbosity_error()
     contestant, device = Contestant(**task["contestant"]), task["device"]
     if contestant.method == "prefixtune":
+        from prefixtune.memory import keep_few_kernels
+
         keep_few_kernels()  # as `prefixtune train` begins
     imported = time.perf_counter()
     base = read_base(task["source"], dtype=contestant.dtype, device=device, quantize=contestant.quantize)

@@ -1268,7 +1268,7 @@ def test_training_is_refused_before_it_begins_where_it_cannot_fit(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_largest_part_of_attention_stands_for_all_parts(
+def test_the_two_largest_parts_of_attention_stand_for_all_parts(
     family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = (700, 300, 20, 4)

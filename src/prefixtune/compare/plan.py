@@ -244,7 +244,7 @@ def _file_key(source: str | None) -> str | None:
 
 
 def _model_files(model: str) -> list[Any]:
-    """Name, size and time of the files of a model that lies here: to hash all weights would take too long."""
+    """Name, size and time of a model's files that lie here; where these change, its weights are hashed."""
     path = Path(model).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [(file.name, file.stat()) for file in files if file.is_file()]

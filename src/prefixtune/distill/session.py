@@ -134,7 +134,7 @@ def distill(
         "text_sha256": _hash(text),
         "instruction": instruction,
         "questions": questions,
-        "questions_sha256": None if given is None else _hash("\n".join(one.text for one in given)),
+        "questions_sha256": None if given is None else _hash(json.dumps([one.text for one in given])),
         "template": template,
         "fields": fields,
         "prefix": options,
