@@ -260,6 +260,8 @@ def test_tokens_beyond_the_models_vocabulary_are_told(place: Path) -> None:
         (["--num-train-epochs", "inf"], "num_train_epochs"),
         (["--token-damping", 1.5], "token_damping"),
         (["--token-damping", "nan"], "token_damping"),
+        (["--label-smoothing-factor", 1], "label_smoothing_factor"),
+        (["--label-smoothing-factor", -0.1], "label_smoothing_factor"),
         (["--token-damping", 0.5, "--projection"], "token_damping"),
         (["--seed", -1], "seed"),
         (["--seed", 2**40], "seed"),

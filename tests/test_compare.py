@@ -20,6 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from filelock import FileLock
+from torch.nn import functional as F
 
 from families import tiny_model
 from operations import Operations
@@ -27,7 +28,7 @@ from prefixtune.cli import main
 from prefixtune.compare import METHODS, CompareConfig, PeerConfig, Plan, compare, plan_of, read_file
 from prefixtune.compare.cell import _after, _in_context, _start, run_cell
 from prefixtune.compare.child import _run as run_child
-from prefixtune.compare.peers import lora_config, peer_model, peer_trainer, summed_loss
+from prefixtune.compare.peers import lora_config, peer_model, peer_trainer, summed_losses
 from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import machines_of, result_rows, spread
 from prefixtune.compare.rows import Rows
@@ -215,6 +216,47 @@ def test_answers_of_each_method_multiply_the_head_once(of: str, model: Path, tmp
     assert "aten::bmm" not in seen.names
 
 
+def test_targets_of_any_method_can_be_smoothed_and_losses_are_told_without(
+    model: Path, tmp_path: Path
+) -> None:
+    named = {"lora": {}, "prefix": {"length": LENGTH}}
+    smoothed = {f"{of}-smoothed": {"of": of, "label_smoothing_factor": 0.3} for of in named}
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 12, "seeds": 1, "forgetting": False}
+    plan = make_plan(model, methods=(*named, *smoothed), settings={**named, **smoothed}, **sizes)
+    cells = Measured.of(plan, tmp_path).cells
+    for of in named:
+        plain, other = cells[of], cells[f"{of}-smoothed"]
+        assert [cell["resolved"]["label_smoothing_factor"] for cell in (plain, other)] == [0.0, 0.3]
+        assert other["losses"] == [(1, pytest.approx(plain["losses"][0][1], abs=1e-4))]
+        assert 1e-4 < abs(other["dev_loss"] - plain["dev_loss"]) < 0.2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_peers_loss_is_the_smoothed_cross_entropy_of_targets_behind_virtual_tokens(smoothing: float) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(2, 3 + 6, 90, requires_grad=True)  # 3 virtual tokens, 6 of text
+    ids = torch.randint(3, 90, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][0, :3] = -100
+    model = _Gives(given)
+    loss, plain = summed_losses(model, batch, smoothing=smoothing)
+    logits, labels = given[:, 3:-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected.item())
+    assert plain.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item())
+    ours, theirs = (torch.autograd.grad(one, given)[0] for one in (loss, expected))
+    assert torch.allclose(ours, theirs)
+
+
+class _Gives(torch.nn.Module):
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits, self.weight = logits, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits)
+
+
 def test_a_cell_says_what_all_settings_came_to(measured: Measured) -> None:
     resolved = {name: cell["resolved"] for name, cell in measured.cells.items()}
     shared = {"warmup_ratio": 0.06, "lr_scheduler_type": "linear", "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -288,7 +330,8 @@ def test_all_numbers_that_lora_trains_on_a_model_that_sees_images_have_a_gradien
 ) -> None:
     model = peer_model("lora", tiny_model(family), METHODS[name].peer, length=16)
     ids = torch.randint(3, 90, (2, 10))
-    summed_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).backward()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    summed_losses(model, batch, smoothing=0.0)[0].backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is not None for parameter in trained)
@@ -1062,6 +1105,8 @@ def test_evaluation_rows_that_are_trained_on_are_counted(measured: Measured, fol
     told = "evaluation: 4 of 4 rows are training rows too (identical prompt and target)"
     assert told in " ".join(folder.first.stderr.split())
     assert json.loads(folder.first.stdout)["data"]["evaluation_rows_trained_on"] == 4
+    report = (folder.path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "; 4 of these rows are training rows too\n" in report
 
 
 def test_an_evaluation_row_without_positions_is_told_before_any_cell(tmp_path: Path) -> None:

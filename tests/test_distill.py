@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from families import tiny_model
@@ -20,7 +20,7 @@ from prefixtune import PrefixKV, PrefixModel
 from prefixtune.cli import main
 from prefixtune.config import DistillConfig, PrefixConfig, TrainConfig
 from prefixtune.data import Collator, Example
-from prefixtune.distill import Context, closeness
+from prefixtune.distill import Context, closeness, distill
 from prefixtune.distill.comparison import compare, greedy_answers, measure_speed, ways_without
 from prefixtune.distill.context import length_of, prompts_of
 from prefixtune.distill.questions import Question, _first_question, read_questions, split, write_questions
@@ -458,6 +458,21 @@ def test_finished_run_is_told_again_and_an_uncompared_one_is_compared(
     assert contestant(again, "prefix")["divergence"] == contestant(found, "prefix")["divergence"]
 
 
+def test_finished_run_of_other_weights_is_told(place: Path, done: tuple[Path, dict[str, Any]]) -> None:
+    run = Path(shutil.copytree(done[0], place / "other-weights"))
+    weights = place / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        tensors = {name: 1.5 * tensor for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+        more = ["--num-train-epochs", 12, "--save-steps", 3, "--resume"]
+        assert "not the weights that the run in" in fail(*options(place, run, *more))
+        (run / "comparison.json").unlink()
+        assert "not the weights that the run in" in fail(*options(place, run, *more))
+    finally:
+        weights.write_bytes(before)
+
+
 def test_model_writes_the_questions_about_an_instruction_alone(place: Path) -> None:
     result = succeed(
         *("distill", "--model", place / "model", "--instruction", "Answer in red and blue.", "--json"),
@@ -609,6 +624,14 @@ def test_input_that_cannot_be_used_is_told(place: Path, tmp_path: Path, what: st
 def test_fields_without_questions_are_told(place: Path, tmp_path: Path) -> None:
     line = ("distill", "--model", place / "model", "--text", place / "text.txt", "--output", tmp_path / "run")
     assert "there are no --questions" in fail(*line, "--fields", "question=a", code=2)
+
+
+def test_targets_of_a_teacher_are_not_smoothed(place: Path, tmp_path: Path) -> None:
+    line = options(place, tmp_path / "run", "--label-smoothing-factor", 0.1)
+    assert "No such option" in fail(*line, code=2)
+    asked = {"model": str(place / "model"), "text": "x", "output": tmp_path / "run"}
+    with pytest.raises(ConfigError, match="label_smoothing_factor: a teacher's"):
+        distill(**asked, config=TrainConfig(label_smoothing_factor=0.1))
 
 
 def test_neither_text_nor_instruction_is_wrong_usage(place: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ STEP = 32  # tokens: few sizes of matmul, because oneDNN keeps a kernel for each
 CHUNK_NUMBERS = 8 * 2**20  # logits at a time: 16 MiB in bfloat16
 CHUNK_TOKENS = 128  # at a time at least, however large the vocabulary: matmuls of fewer are slow
 SOFTMAX_NUMBERS = 2**19  # of them at a time through the softmax: what a core's caches hold
+NEVER = -1e4  # logits so far below the highest are of tokens that a model rules out (Chameleon's images)
 IGNORED = -100
 Head = Callable[[Tensor], Tensor]
 # (logits [s, V], the chunk's place among the tokens, whether a gradient is wanted) -> summed loss;
@@ -26,12 +27,17 @@ Head = Callable[[Tensor], Tensor]
 Sweep = Callable[[Tensor, slice, bool], Tensor]
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, labels: Tensor, head: Head, *, smoothing: float = 0.0, plain: Tensor | None = None
+) -> Tensor:
     """Summed cross entropy of `head(hidden)` at the labels, for a head that is frozen.
 
     Args:
         hidden: [S, d].
         labels: [S] token ids; -100 is left out before the head.
+        smoothing: share of each target that is spread evenly over all tokens (Szegedy et al. 2016, section
+            7); over those that the model can give, where it rules some out.
+        plain: a scalar to which the loss without smoothing is added.
 
     Returns:
         A scalar of float32 (float64 for a float64 model), in nats.
@@ -42,7 +48,7 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     wanted = hidden.index_select(0, F.pad(chosen, (0, spare)).to(hidden.device))
 
     def sweep(logits: Tensor, part: slice, gradient: bool) -> Tensor:
-        return _cross_entropy_(logits, targets[part], gradient=gradient)
+        return _cross_entropy_(logits, targets[part], gradient=gradient, smoothing=smoothing, plain=plain)
 
     loss: Tensor = _Chunked.apply(wanted, head, sweep)  # type: ignore[no-untyped-call]
     return loss
@@ -104,8 +110,10 @@ class _Chunked(torch.autograd.Function):
         return gradient * by_loss.to(gradient.dtype), None, None
 
 
-def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """Summed nats of [s, V] logits; softmax minus one-hot takes their place. float32 within."""
+def _cross_entropy_(
+    logits: Tensor, labels: Tensor, *, gradient: bool, smoothing: float, plain: Tensor | None
+) -> Tensor:
+    """Summed nats of [s, V] logits; softmax minus the target takes their place. float32 within."""
     total, pieces = torch.zeros((), dtype=wide(logits[:0]).dtype, device=logits.device), _pieces(logits)
     buffer = _buffer(logits, pieces, total.dtype)
     for rows in pieces:
@@ -113,14 +121,32 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor
         counts, picked = picked != IGNORED, picked.clamp_min(0)
         numbers = buffer[: len(part)].copy_(part)
         numbers -= numbers.amax(dim=1, keepdim=True)
-        of_target = numbers.gather(1, picked)
+        of_target = aimed = numbers.gather(1, picked)
+        if smoothing:
+            even, spread = _even_(numbers, smoothing)
+            aimed = (1 - smoothing) * of_target + even
         sums = numbers.exp_().sum(dim=1, keepdim=True)
-        total += ((sums.log() - of_target) * counts).sum()
+        total += ((sums.log() - aimed) * counts).sum()
+        if plain is not None:
+            plain += ((sums.log() - of_target) * counts).sum()
         if gradient:
-            by_target = (numbers.gather(1, picked) / sums - 1) * counts  # in bfloat16 0.999 - 1 would be 0
-            torch.mul(numbers, counts / sums, out=part)
-            part.scatter_(1, picked, by_target.to(part.dtype))
+            by_target = numbers.gather(1, picked) / sums - 1  # in bfloat16 0.999 - 1 would be 0
+            numbers *= counts / sums
+            if smoothing:
+                by_target += smoothing - spread
+                numbers -= spread * counts
+            part.copy_(numbers).scatter_(1, picked, (by_target * counts).to(part.dtype))
     return total
+
+
+def _even_(numbers: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """`smoothing` times the mean of [s, V] logits, the highest 0, [s, 1]; and each token's share of it.
+
+    Those of tokens that are ruled out, the same in all rows, are cut to NEVER: they may be infinite.
+    """
+    out = (numbers.clamp_(min=NEVER)[0] == NEVER).sum().to(numbers.dtype)
+    spread = smoothing / (numbers.shape[1] - out)
+    return (numbers.sum(dim=1, keepdim=True) - NEVER * out) * spread, spread
 
 
 def _divergence_(logits: Tensor, aimed: Tensor, counted: Tensor, *, gradient: bool) -> Tensor:

@@ -122,9 +122,10 @@ def _zero_or_more(config: _Config, *names: str) -> None:
             raise ConfigError(f"{name}: expected 0 or more; got {getattr(config, name)}")
 
 
-def _share(config: _Config, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ConfigError(f"{name}: expected a share from 0 to 1; got {getattr(config, name)}")
+def _share(config: _Config, *names: str) -> None:
+    for name in names:
+        if not 0 <= (getattr(config, name) or 0) < 1:
+            raise ConfigError(f"{name}: expected a share from 0 to 1; got {getattr(config, name)}")
 
 
 def chosen_layers(layers: str | None, count: int) -> tuple[int, ...]:
@@ -293,6 +294,11 @@ class TrainConfig(_Config):
         "how much less the virtual tokens with most of the attention step, 0 (not at all) to 1; 0.5 by "
         "default in runs of up to 125 steps, 0 in longer ones, of labels, and with a projection",
     )
+    label_smoothing_factor: float | None = option(
+        None,
+        "share of each target that the training loss spreads over the vocabulary; 0.1 by default in runs of "
+        "more than 125 steps, 0 in shorter ones, and of labels",
+    )
     retain: float = option(
         0.1,
         "weight of staying close to the bare model on text that it samples itself (nats per token beside the "
@@ -341,14 +347,12 @@ class TrainConfig(_Config):
             "save_total_limit",
         )
         _zero_or_more(self, "weight_decay", "max_grad_norm", "retain")  # of which 0 switches off
-        _share(self, "warmup_ratio")
+        _share(self, "warmup_ratio", "label_smoothing_factor")
         if self.token_damping is not None and not 0 <= self.token_damping <= 1:
             raise ConfigError(f"token_damping: expected 0 to 1; got {self.token_damping}")
         if self.find_learning_rate and self.learning_rate is not None:
-            raise ConfigError(
-                f"find_learning_rate: learning_rate is given too ({self.learning_rate:g})",
-                hint="leave one out",
-            )
+            given = f"learning_rate is given too ({self.learning_rate:g})"
+            raise ConfigError(f"find_learning_rate: {given}", hint="leave one out")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
 

@@ -27,7 +27,7 @@ from prefixtune.attachment import (
     packs,
     splits,
 )
-from prefixtune.chunked import IGNORED, STEP, chunked_cross_entropy, chunked_divergence, wide
+from prefixtune.chunked import IGNORED, STEP, chunked_cross_entropy, chunked_divergence
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.geometry import has_values
 from prefixtune.rotary import alike, settle
@@ -243,7 +243,14 @@ class Passes:
         return planned(self.base, lengths, self.capacity, packing=self.packing, common=common)
 
     @contextmanager
-    def loss(self, rows: Sequence[RowTokens], pairs: Pairs | None) -> Iterator[Tensor]:
+    def loss(
+        self,
+        rows: Sequence[RowTokens],
+        pairs: Pairs | None,
+        *,
+        smoothing: float = 0.0,
+        plain: Tensor | None = None,
+    ) -> Iterator[Tensor]:
         """The summed negative log likelihood (nats, float32) of the rows' targets, in one pass.
 
         Of rows with aims the summed divergence from the teacher's distribution; all rows have them, or none.
@@ -251,19 +258,21 @@ class Passes:
 
         Args:
             pairs: (key, value) [K, P, D] of each layer; None for the bare model.
+            smoothing, plain: of the targets, see `chunked_cross_entropy`.
+
+        Raises:
+            ConfigError: a teacher's distribution is to be smoothed.
         """
         aims = [row.aims for row in rows if row.aims is not None]
         with self._states(rows, pairs) as (states, labels, head):
             if aims:
+                if smoothing:
+                    raise ConfigError("label_smoothing_factor: a teacher's distribution is not smoothed")
                 chosen = (labels != IGNORED).nonzero().flatten().to(states.device)
                 aimed = torch.cat(aims).to(states.device)
                 yield chunked_divergence(states.index_select(0, chosen), aimed, head)
-            elif self.split:
-                yield chunked_cross_entropy(states, labels, head)
             else:
-                labels = labels.to(states.device)
-                chosen = labels != IGNORED
-                yield F.cross_entropy(wide(states[chosen]), labels[chosen], reduction="sum")
+                yield chunked_cross_entropy(states, labels, head, smoothing=smoothing, plain=plain)
 
     @torch.no_grad()
     def aims(self, rows: Sequence[RowTokens], pairs: Pairs | None = None) -> list[Tensor]:

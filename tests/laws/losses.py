@@ -1,5 +1,7 @@
 """Loss and gradient of rows behind a prefix: each alone with whole logits, and in the passes of training."""
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -24,23 +26,25 @@ def gradients(pairs):
     return torch.cat([tensor.grad.flatten().cpu() for pair in pairs for tensor in pair])
 
 
-def reference(base, rows, pairs):
+def reference(base, rows, pairs, smoothing=0.0):
     """Each row alone, with its whole logits."""
     total = 0.0
     for row in rows:
         with attach_pairs(base, pairs, name="reference"):
             logits = base(input_ids=row.input_ids[None], use_cache=False).logits[0]
-            loss = F.cross_entropy(logits[:-1], row.labels[1:], reduction="sum")
+            options = {"reduction": "sum", "label_smoothing": smoothing}
+            loss = F.cross_entropy(logits[:-1], row.labels[1:], **options)
             loss.backward()
         total += loss.item()
     return total, gradients(pairs)
 
 
-def by_passes(base, rows, pairs, *, packing, capacity=20):
+def by_passes(base, rows, pairs, *, packing, capacity=20, split=True, smoothing=0.0):
     passes = Passes.of(base, capacity=capacity, pad_token_id=0, packing=packing)
+    passes = replace(passes, split=passes.split and split)
     total = 0.0
     for group in passes.plan(rows):
-        with passes.loss([rows[i] for i in group], pairs) as loss:
+        with passes.loss([rows[i] for i in group], pairs, smoothing=smoothing) as loss:
             loss.backward()
         total += loss.item()
     return passes, total, gradients(pairs)

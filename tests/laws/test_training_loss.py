@@ -59,6 +59,20 @@ def test_loss_and_gradient_of_packed_rows_equal_each_row_alone_with_whole_logits
         assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "cohere"])
+def test_smoothed_targets_and_a_model_without_a_head_of_its_own_have_the_loss_of_whole_logits(
+    family, smoothing
+):
+    base = tiny_model(family).requires_grad_(False)
+    rows = rows_of()
+    expected, expected_gradient = reference(base, rows, live_pairs(base), smoothing)
+    for options in ({"packing": True}, {"packing": False}, {"packing": False, "split": False}):
+        _, total, gradient = by_passes(base, rows, live_pairs(base), smoothing=smoothing, **options)
+        assert total == pytest.approx(expected, rel=1e-5)
+        assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
+
+
 @pytest.mark.parametrize("family", FAMILIES + EXTRA)
 def test_what_packed_rows_begin_with_runs_once_and_changes_neither_loss_nor_gradient_nor_states(family):
     """Windows of 6 positions are shorter than the 11 common tokens, and those longer than some rows."""
@@ -277,8 +291,9 @@ def test_attention_in_blocks_equals_attention_with_a_whole_mask(common, window, 
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_chunked_cross_entropy_equals_that_of_whole_logits(cap):
+def test_chunked_cross_entropy_equals_that_of_whole_logits(cap, smoothing):
     """600 targets by 30,011 tokens are more than one chunk and more than one softmax at a time."""
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(700, 6, generator=generator, dtype=torch.float64).requires_grad_()
@@ -290,13 +305,43 @@ def test_chunked_cross_entropy_equals_that_of_whole_logits(cap):
         logits = rows @ weight.T
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    found = chunked_cross_entropy(hidden, labels, head)
-    whole = F.cross_entropy(head(hidden), labels, reduction="sum")
+    plain = torch.ones((), dtype=torch.float64)
+    found = chunked_cross_entropy(hidden, labels, head, smoothing=smoothing, plain=plain)
+    assert plain.item() - 1 == pytest.approx(F.cross_entropy(head(hidden), labels, reduction="sum").item())
+    whole = F.cross_entropy(head(hidden), labels, reduction="sum", label_smoothing=smoothing)
     assert found.item() == pytest.approx(whole.item(), rel=1e-12)
     by_chunks, by_whole = (torch.autograd.grad(3.0 * loss, hidden)[0] for loss in (found, whole))
     assert torch.allclose(by_chunks, by_whole, atol=1e-10)
     with torch.no_grad():
-        assert chunked_cross_entropy(hidden, labels, head).item() == pytest.approx(whole.item(), rel=1e-12)
+        again = chunked_cross_entropy(hidden, labels, head, smoothing=smoothing)
+    assert again.item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ruled_out", [torch.finfo(torch.float64).min, -torch.inf])
+def test_no_part_of_a_target_goes_to_tokens_that_the_model_rules_out(ruled_out):
+    """As Chameleon does with those of images; the others' loss is that of a vocabulary without them."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(70, 40, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 30, (70,), generator=generator)
+
+    def head(rows):
+        return torch.cat([rows[:, :30], torch.full_like(rows[:, 30:], ruled_out)], dim=1)
+
+    found = chunked_cross_entropy(logits, labels, head, smoothing=0.2)
+    expected = F.cross_entropy(logits[:, :30], labels, reduction="sum", label_smoothing=0.2)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_a_teachers_distribution_is_not_smoothed():
+    base = tiny_model("llama").requires_grad_(False)
+    passes, rows = Passes.of(base, capacity=512, pad_token_id=0), rows_of()
+    taught = [
+        RowTokens(row.input_ids, row.labels, aims) for row, aims in zip(rows, passes.aims(rows), strict=True)
+    ]
+    with pytest.raises(ConfigError, match="label_smoothing_factor"), passes.loss(taught, None, smoothing=0.1):
+        pass
 
 
 class _Large(TorchDispatchMode):
@@ -349,14 +394,15 @@ def test_chunked_divergence_equals_that_of_whole_logits(cap):
     assert chunked_divergence(teacher, teacher, head).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_gradient_of_targets_that_the_model_is_sure_of_keeps_its_size_in_bfloat16():
+@pytest.mark.parametrize("smoothing", [0.0, 1e-4])
+def test_gradient_of_targets_that_the_model_is_sure_of_keeps_its_size_in_bfloat16(smoothing):
     logits = torch.full((64, 50), -8.0)
     labels = torch.arange(64) % 50
     logits[torch.arange(64), labels] = torch.linspace(0, 3, 64)  # probabilities from 0.98 to 0.9992
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         given = logits.to(dtype, copy=True).requires_grad_()
-        chunked_cross_entropy(given, labels, lambda rows: rows * 1.0).backward()
+        chunked_cross_entropy(given, labels, lambda rows: rows * 1.0, smoothing=smoothing).backward()
         found.append(given.grad.float()[torch.arange(64), labels])
     expected, got = found
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0)

@@ -19,7 +19,7 @@ __all__ = ["distill"]
 _FILE = click.Path(path_type=Path)
 _KNOBS = (
     *("projection", "hidden_size", "layers", "template", "fields"),
-    *(field.name for field in dataclasses.fields(TrainConfig)),
+    *(field.name for field in dataclasses.fields(TrainConfig) if field.name != "label_smoothing_factor"),
 )
 _DEFAULTS = {
     "template": "chat where the tokenizer has a chat template, else as train has it",

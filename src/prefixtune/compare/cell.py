@@ -47,6 +47,7 @@ __all__ = ["answer_limit", "context_ids", "run_cell"]
 BATCH = 16  # answers at a time
 SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
 NEVER = 10**9
+RESOLVED = ("learning_rate", "token_damping", "label_smoothing_factor", "compile")
 
 
 @dataclass
@@ -198,7 +199,7 @@ def _ours(
             "steps": resolved["steps"],
             "batch": config.per_device_train_batch_size,
             **{name: getattr(config, name) for name in (*ALL_PEERS, "retain")},
-            **{name: resolved[name] for name in ("learning_rate", "token_damping", "compile")},
+            **{name: resolved[name] for name in RESOLVED},
             **came_to,
         },
         losses=_losses(trainer),

@@ -201,9 +201,9 @@ class PeerTrainer(Trainer):  # type: ignore[misc]
             settle(bare)
             batch = Collator(self.pad_token_id)([_plain(rows[row]) for row in group])
             with self._precision():
-                loss = summed_loss(model, batch) / counted
-            self.accelerator.backward(loss)
-            total += loss.detach()
+                loss, plain = summed_losses(model, batch, smoothing=self.args.label_smoothing_factor)
+            self.accelerator.backward(loss / counted)
+            total += plain / counted
         return total
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -216,8 +216,9 @@ def _plain(row: RowTokens) -> dict[str, Any]:
     return {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()}
 
 
-def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Summed negative log likelihood (nats, float32) of a padded batch's targets.
+def summed_losses(model: Any, batch: dict[str, Tensor], *, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy (nats, float32) of a padded batch's targets, as torch smooths them; and without
+    smoothing, which has no gradient.
 
     Logits of virtual tokens stand before the text's, and are left out.
     """
@@ -226,7 +227,10 @@ def summed_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]  # [B, T, V]
     labels = F.pad(labels[:, 1:], (0, 1), value=-100)
     chosen = labels != -100
-    return F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="sum")
+    given, targets = logits[chosen].float(), labels[chosen]
+    loss = F.cross_entropy(given, targets, reduction="sum", label_smoothing=smoothing)
+    plain = F.cross_entropy(given.detach(), targets, reduction="sum") if smoothing else loss.detach()
+    return loss, plain
 
 
 def peer_trainer(
@@ -282,6 +286,7 @@ def _arguments(
         lr_scheduler_type=settings.lr_scheduler_type,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        label_smoothing_factor=settings.label_smoothing_factor,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

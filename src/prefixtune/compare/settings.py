@@ -50,6 +50,7 @@ class PeerConfig(_Config):
     )
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
+    label_smoothing_factor: float = option(0.0, "share of each target that is spread over the vocabulary")
     length: int | None = option(None, "virtual tokens of a prompt or prefix; as many as ours unless given")
     init: str = option(
         "text",
@@ -70,7 +71,7 @@ class PeerConfig(_Config):
     def check(self) -> None:
         _positive(self, "learning_rate", "length", "hidden_size", "rank", "alpha")
         _zero_or_more(self, "weight_decay", "max_grad_norm")
-        _share(self, "warmup_ratio")
+        _share(self, "warmup_ratio", "label_smoothing_factor")
 
 
 LOOKED_AT = {
@@ -80,7 +81,10 @@ LOOKED_AT = {
     "p-tuning": ("length", "hidden_size"),
     "peft-prefix": ("length", "init", "projection", "hidden_size"),
 }
-ALL_PEERS = ("learning_rate", "warmup_ratio", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+ALL_PEERS = (
+    *("learning_rate", "warmup_ratio", "lr_scheduler_type", "weight_decay", "max_grad_norm"),
+    "label_smoothing_factor",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

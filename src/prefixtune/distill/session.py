@@ -33,6 +33,7 @@ from prefixtune.distill.teacher import (
     with_aims,
 )
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.fingerprint import Fingerprint
 from prefixtune.generate import ending
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.loss import PASS_TOKENS, Passes
@@ -40,7 +41,7 @@ from prefixtune.memory import keep_few_kernels, readable
 from prefixtune.model import PrefixModel
 from prefixtune.progress import note
 from prefixtune.train import TrainResult, one_process_only, train_examples
-from prefixtune.train.folder import COMPARISON, QUESTIONS, finished, open_run
+from prefixtune.train.folder import COMPARISON, QUESTIONS, check_resumed, finished, open_run
 from prefixtune.train.forecast import check_weights
 
 __all__ = ["Distillation", "distill"]
@@ -123,6 +124,10 @@ def distill(
     settings, config = distill_config or DistillConfig(), config or TrainConfig(**DISTILL_TRAINING)
     options = dict(prefix_options or {})
     PrefixConfig(**options)  # wrong values before any work, and wrong files
+    if config.label_smoothing_factor:
+        raise ConfigError(
+            "label_smoothing_factor: a teacher's distribution is not smoothed", hint="leave it out"
+        )
     one_process_only("distill", hint="only train takes several")
     if fields is not None and (questions is None or Path(questions).suffix.lower() == ".txt"):
         what = "there are no --questions" if questions is None else f"{questions} has lines, and no fields"
@@ -147,12 +152,15 @@ def distill(
         )
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
     record = finished(output, began["resolved"]) if began else None
-    if record and (known := _known(output)):
-        note(f"{output}: the run has come to its end already; nothing to do")
-        return dataclasses.replace(known, output=str(output))
     keep_few_kernels()
     check_weights(model, config, force=force)
     base = _load(model, config, began)
+    if began and record:  # what trains looks itself
+        same = {"base": (base.name, Fingerprint.of(base.model).digest)}
+        check_resumed(output, began["resolved"], same, processes=1)
+        if known := _known(output):
+            note(f"{output}: the run has come to its end already; nothing to do")
+            return dataclasses.replace(known, output=str(output))
     asked["date"] = (began["asked"].get("date") if began else None) or datetime.now().isoformat()
     fix_date(base.tokenizer, asked["date"])
     form = template or default_template(base.tokenizer, chat=True)

@@ -131,10 +131,12 @@ def _place(machine: Mapping[str, Any]) -> str:
 def _about(found: Mapping[str, Any]) -> list[str]:
     data = found["data"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    seen = data.get("evaluation_rows_trained_on")  # results of an earlier version have none
+    overlap = f"; {seen:,} of these rows are training rows too" if seen else ""
     return [
         f"- command: `{found['command']}`",
         f"- training rows: {data['training']}",
-        f"- evaluation: {data['evaluation']}",
+        f"- evaluation: {data['evaluation']}{overlap}",
         f"- metrics: {_pairs(found['metric_settings']) or 'none'}",
         f"- neutral text: {data['neutral'] or 'none'}",
         f"- seeds: {', '.join(map(str, found['seeds']))}; precision: {found['dtype']}",

@@ -53,6 +53,8 @@ FEWEST_STEPS, MOST_EPOCHS = 14, 4
 LABELS, FEWEST_LABEL_STEPS = 10, 50
 # operations of a run from which on compiled layers save more time than compiling takes (docs/defaults.md)
 COMPILED_FROM = 2e14
+# Of the targets in runs of more than FEW_STEPS (docs/defaults.md)
+LABEL_SMOOTHING = 0.1
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011), and so are labels (docs/defaults.md).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
@@ -228,6 +230,7 @@ def resolve(
         "epochs": planned_epochs(config, targets, processes),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size, damping),
         "token_damping": damping,
+        "label_smoothing_factor": _label_smoothing(config, steps, examples),
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
         "packing_length": packing_length_for(config, examples, base.model, pass_tokens=pass_tokens),
@@ -288,6 +291,14 @@ def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int, *, lab
     if config.token_damping is not None:
         return config.token_damping
     return TOKEN_DAMPING if steps <= FEW_STEPS and not labels else 0.0
+
+
+def _label_smoothing(config: TrainConfig, steps: int, examples: Sequence[Example]) -> float:
+    if config.label_smoothing_factor is not None:
+        return config.label_smoothing_factor
+    targets = [example.target_tokens for example in examples]
+    taught = any(example.aims is not None for example in examples)
+    return LABEL_SMOOTHING if steps > FEW_STEPS and not taught and not _are_labels(targets) else 0.0
 
 
 def default_learning_rate(config: PrefixConfig, hidden_size: int, damping: float = 0.0) -> float:

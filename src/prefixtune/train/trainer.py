@@ -48,7 +48,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
     """Trainer with our loss: rows in passes of bounded size, target tokens only, the prefix made once a step.
 
     Every target token of an optimizer step counts the same, whatever row, pass, batch or process it is in.
-    Checkpoints hold the prefix only.
+    Checkpoints hold the prefix only. With `label_smoothing_factor` the loss that is logged, and that of
+    `evaluate`, is the one without it.
 
     Args:
         pad_token_id: fills shorter rows where rows cannot be packed.
@@ -59,7 +60,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         damping: of the steps of virtual tokens with most of the attention (`HeadwiseSoap`).
 
     Raises:
-        ConfigError: a loss or metrics of one's own, or label smoothing, which only a plain Trainer has.
+        ConfigError: a loss or metrics of one's own, which only a plain Trainer has.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
         self.passes = passes or Passes.of(base, capacity=PASS_TOKENS, pad_token_id=pad_token_id)
 
     def _refuse_what_has_no_effect(self) -> None:
-        arguments = ("label_smoothing_factor", "torch_compile", "bf16_full_eval", "fp16_full_eval")
+        arguments = ("torch_compile", "bf16_full_eval", "fp16_full_eval")
         own = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
         for name, holder in [*((name, self.args) for name in arguments), *((name, self) for name in own)]:
             if getattr(holder, name):
@@ -178,9 +179,11 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         check_ids(self.passes.base, (ids.tolist() for row in rows for ids in (row.input_ids, row.labels)))
-        total = torch.zeros((), device=self.args.device)
+        total, plain = torch.zeros(2, device=self.args.device)
+        smoothing = self.args.label_smoothing_factor
         for group in self.passes.plan(rows):
-            with self.passes.loss([rows[row] for row in group], self.step.leaves) as loss:
+            some = [rows[row] for row in group]
+            with self.passes.loss(some, self.step.leaves, smoothing=smoothing, plain=plain) as loss:
                 mean = loss / num_items_in_batch
                 mean.backward()  # type: ignore[no-untyped-call]
             total += mean.detach()
@@ -188,6 +191,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self.silent.see(self.step, last=self.state.max_steps)
             self.step.finish(self.accelerator)
             self.step = None
+        if smoothing:
+            total = plain / num_items_in_batch
         shown: torch.Tensor = total * self.accelerator.num_processes  # Trainer logs the mean over processes
         return shown
 
@@ -296,6 +301,7 @@ def training_arguments(
         **same,
         output_dir=str(output),
         learning_rate=resolved["learning_rate"],
+        label_smoothing_factor=resolved.get("label_smoothing_factor", 0.0),  # of an earlier version: none
         num_train_epochs=resolved.get("epochs", 1.0),  # a run of an earlier version: the default was 1
         max_steps=config.max_steps or -1,
         warmup_steps=warmup_steps_for(config.warmup_ratio, resolved["steps"]),
