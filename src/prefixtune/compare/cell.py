@@ -252,6 +252,7 @@ def _peer(
             "steps": trainer.state.max_steps,
             "batch": shared.per_device_train_batch_size,
             **cell.method.shown(),
+            "label_smoothing_factor": trainer.args.label_smoothing_factor,
             **_rank(model),
         },
         losses=_losses(trainer),

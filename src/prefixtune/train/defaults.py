@@ -32,6 +32,7 @@ __all__ = [
     "default_length",
     "default_start",
     "digest",
+    "label_smoothing_for",
     "length_for",
     "packing_length_for",
     "planned_epochs",
@@ -230,7 +231,7 @@ def resolve(
         "epochs": planned_epochs(config, targets, processes),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size, damping),
         "token_damping": damping,
-        "label_smoothing_factor": _label_smoothing(config, steps, examples),
+        "label_smoothing_factor": label_smoothing_for(config.label_smoothing_factor, steps, examples),
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
         "packing_length": packing_length_for(config, examples, base.model, pass_tokens=pass_tokens),
@@ -293,9 +294,11 @@ def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int, *, lab
     return TOKEN_DAMPING if steps <= FEW_STEPS and not labels else 0.0
 
 
-def _label_smoothing(config: TrainConfig, steps: int, examples: Sequence[Example]) -> float:
-    if config.label_smoothing_factor is not None:
-        return config.label_smoothing_factor
+def label_smoothing_for(given: float | None, steps: int, examples: Sequence[Example]) -> float:
+    """The share of each target that goes to the whole vocabulary in a run of so many steps: given, or a tenth
+    where they are many; nothing of labels, nor of a teacher's distribution."""
+    if given is not None:
+        return given
     targets = [example.target_tokens for example in examples]
     taught = any(example.aims is not None for example in examples)
     return LABEL_SMOOTHING if steps > FEW_STEPS and not taught and not _are_labels(targets) else 0.0
