@@ -33,7 +33,7 @@ from prefixtune.compare.prepare import make_rows
 from prefixtune.compare.results import machines_of, result_rows, spread
 from prefixtune.compare.rows import Rows
 from prefixtune.config import DataConfig, TrainConfig
-from prefixtune.data import Example, Row, build_examples
+from prefixtune.data import Row, build_examples
 from prefixtune.errors import ConfigError, DataError, MissingExtraError, RunError
 from prefixtune.load import LoadedBase, load_base
 from prefixtune.report import columns_of, missing_cells, require_matplotlib
@@ -410,29 +410,6 @@ def test_a_peer_leaves_the_base_as_it_was(of: str, measured: Measured, model: Pa
     for place, tensor in before.items():
         assert torch.equal(now[place], tensor)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize(
-    ("steps", "given", "smoothing"), [(125, None, 0.0), (126, None, 0.1), (126, 0.0, 0.0), (125, 0.2, 0.2)]
-)
-def test_a_peers_targets_are_smoothed_as_ours_unless_the_file_says(
-    steps: int, given: float | None, smoothing: float, model: Path, tmp_path: Path
-) -> None:
-    ids = (5,) * 12
-    trainer = peer_trainer(
-        "lora",
-        load_base(str(model), dtype="float32"),
-        [Example(input_ids=ids, labels=(-100, *ids[1:]), origin="", truncated=0)],
-        replace(METHODS["lora"].peer, label_smoothing_factor=given),
-        shared=TrainConfig(max_steps=steps),
-        steps=steps,
-        output=tmp_path,
-        length=LENGTH,
-        start=None,
-        pad_token_id=0,
-        precision=torch.float32,
-    )
-    assert trainer.args.label_smoothing_factor == smoothing
 
 
 @pytest.mark.parametrize(

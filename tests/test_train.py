@@ -240,6 +240,18 @@ def test_seconds_of_a_resumed_run_are_those_of_all_its_parts(place: Path, copied
     assert 0 < training_record(earlier)["train_seconds"] < TIMEOUT
 
 
+@pytest.mark.parametrize("killed", ["direct"], indirect=True)
+def test_an_option_that_the_run_did_not_have_is_its_default(place: Path, copied: Any) -> None:
+    _, cut, more = copied
+    record = json.loads((cut / "run.json").read_text())
+    del record["asked"]["train_config"]["label_smoothing_factor"]  # as an earlier version wrote it
+    (cut / "run.json").write_text(json.dumps(record))
+    again = options(place, cut, *more, "--resume")
+    told = " ".join(fail(*again, "--label-smoothing-factor", 0.1).split())
+    assert "other options (label_smoothing_factor)" in told
+    succeed(*again)
+
+
 def test_metrics_of_a_resumed_run_tell_each_step_once(place: Path, copied: Any) -> None:
     whole, cut, more = copied
     with (cut / "metrics.jsonl").open("a") as file:

@@ -124,7 +124,7 @@ def _zero_or_more(config: _Config, *names: str) -> None:
 
 def _share(config: _Config, *names: str) -> None:
     for name in names:
-        if not 0 <= (getattr(config, name) or 0) < 1:
+        if not 0 <= getattr(config, name) < 1:
             raise ConfigError(f"{name}: expected a share from 0 to 1; got {getattr(config, name)}")
 
 
@@ -294,10 +294,10 @@ class TrainConfig(_Config):
         "how much less the virtual tokens with most of the attention step, 0 (not at all) to 1; 0.5 by "
         "default in runs of up to 125 steps, 0 in longer ones, of labels, and with a projection",
     )
-    label_smoothing_factor: float | None = option(
-        None,
-        "share of each target that the training loss spreads over the vocabulary; 0.1 by default in runs of "
-        "more than 125 steps, 0 in shorter ones, and of labels",
+    label_smoothing_factor: float = option(
+        0.0,
+        "share of each target that the training loss spreads over the vocabulary: greedy answers may gain, "
+        "sampled ones lose",
     )
     retain: float = option(
         0.1,

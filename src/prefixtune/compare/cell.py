@@ -47,7 +47,6 @@ __all__ = ["answer_limit", "context_ids", "run_cell"]
 BATCH = 16  # answers at a time
 SPARE_TOKENS = 8  # of an answer beyond the longest reference, as in prefixtune.evaluate
 NEVER = 10**9
-RESOLVED = ("learning_rate", "token_damping", "label_smoothing_factor", "compile")
 
 
 @dataclass
@@ -199,7 +198,7 @@ def _ours(
             "steps": resolved["steps"],
             "batch": config.per_device_train_batch_size,
             **{name: getattr(config, name) for name in (*ALL_PEERS, "retain")},
-            **{name: resolved[name] for name in RESOLVED},
+            **{name: resolved[name] for name in ("learning_rate", "token_damping", "compile")},
             **came_to,
         },
         losses=_losses(trainer),
@@ -252,7 +251,6 @@ def _peer(
             "steps": trainer.state.max_steps,
             "batch": shared.per_device_train_batch_size,
             **cell.method.shown(),
-            "label_smoothing_factor": trainer.args.label_smoothing_factor,
             **_rank(model),
         },
         losses=_losses(trainer),

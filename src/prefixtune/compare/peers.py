@@ -26,7 +26,7 @@ from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, planned
 from prefixtune.rotary import settle
-from prefixtune.train import label_smoothing_for, planned_epochs, warmup_steps_for
+from prefixtune.train import planned_epochs, warmup_steps_for
 from prefixtune.train.sampler import LengthGroupedSampler
 from prefixtune.train.trainer import on_one_device
 
@@ -260,10 +260,9 @@ def peer_trainer(
     model = peer_model(of, base.model, settings, length=length, like=like, start=start)
     warmup = warmup_steps_for(settings.warmup_ratio, steps)
     epochs = planned_epochs(shared, [example.target_tokens for example in examples])
-    smoothing = label_smoothing_for(settings.label_smoothing_factor, steps, examples)
     return PeerTrainer(
         model=model,
-        args=_arguments(settings, shared, output, epochs=epochs, warmup_steps=warmup, smoothing=smoothing),
+        args=_arguments(settings, shared, output, epochs=epochs, warmup_steps=warmup),
         train_dataset=list(examples),
         data_collator=Collator(pad_token_id),
         pad_token_id=pad_token_id,
@@ -273,13 +272,7 @@ def peer_trainer(
 
 
 def _arguments(
-    settings: PeerConfig,
-    shared: TrainConfig,
-    output: Path,
-    *,
-    epochs: float,
-    warmup_steps: int,
-    smoothing: float,
+    settings: PeerConfig, shared: TrainConfig, output: Path, *, epochs: float, warmup_steps: int
 ) -> Any:
     args = TrainingArguments(
         output_dir=str(output),
@@ -293,7 +286,7 @@ def _arguments(
         lr_scheduler_type=settings.lr_scheduler_type,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        label_smoothing_factor=smoothing,
+        label_smoothing_factor=settings.label_smoothing_factor,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

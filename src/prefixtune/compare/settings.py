@@ -50,9 +50,7 @@ class PeerConfig(_Config):
     )
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
-    label_smoothing_factor: float | None = option(
-        None, "share of each target that the loss spreads over the vocabulary; as in train unless given"
-    )
+    label_smoothing_factor: float = option(0.0, "share of each target that is spread over the vocabulary")
     length: int | None = option(None, "virtual tokens of a prompt or prefix; as many as ours unless given")
     init: str = option(
         "text",

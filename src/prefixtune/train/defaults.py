@@ -32,7 +32,6 @@ __all__ = [
     "default_length",
     "default_start",
     "digest",
-    "label_smoothing_for",
     "length_for",
     "packing_length_for",
     "planned_epochs",
@@ -54,8 +53,6 @@ FEWEST_STEPS, MOST_EPOCHS = 14, 4
 LABELS, FEWEST_LABEL_STEPS = 10, 50
 # operations of a run from which on compiled layers save more time than compiling takes (docs/defaults.md)
 COMPILED_FROM = 2e14
-# Of the targets in runs of more than FEW_STEPS (docs/defaults.md)
-LABEL_SMOOTHING = 0.1
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
 # better without (docs/adr/0011), and so are labels (docs/defaults.md).
 TOKEN_DAMPING, FEW_STEPS = 0.5, 125
@@ -231,7 +228,6 @@ def resolve(
         "epochs": planned_epochs(config, targets, processes),
         "learning_rate": config.learning_rate or default_learning_rate(prefix, hidden_size, damping),
         "token_damping": damping,
-        "label_smoothing_factor": label_smoothing_for(config.label_smoothing_factor, steps, examples),
         "save_steps": config.save_steps or max(1, min(50, steps // 10)),  # a kill costs a tenth at most
         "eval_steps": config.eval_steps or max(1, math.ceil(steps / 4)),
         "packing_length": packing_length_for(config, examples, base.model, pass_tokens=pass_tokens),
@@ -292,16 +288,6 @@ def _token_damping(config: TrainConfig, prefix: PrefixConfig, steps: int, *, lab
     if config.token_damping is not None:
         return config.token_damping
     return TOKEN_DAMPING if steps <= FEW_STEPS and not labels else 0.0
-
-
-def label_smoothing_for(given: float | None, steps: int, examples: Sequence[Example]) -> float:
-    """The share of each target that goes to the whole vocabulary in a run of so many steps: given, or a tenth
-    where they are many; nothing of labels, nor of a teacher's distribution."""
-    if given is not None:
-        return given
-    targets = [example.target_tokens for example in examples]
-    taught = any(example.aims is not None for example in examples)
-    return LABEL_SMOOTHING if steps > FEW_STEPS and not taught and not _are_labels(targets) else 0.0
 
 
 def default_learning_rate(config: PrefixConfig, hidden_size: int, damping: float = 0.0) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from prefixtune.config import TrainConfig
 from prefixtune.errors import RunError
 from prefixtune.progress import note
 from prefixtune.storage import CARD, INFO, TENSORS, TRAINABLE, read_info
@@ -113,12 +114,13 @@ def _read_record(record: Path) -> dict[str, Any]:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of the options that differ, those within a section by their own names."""
-    names = []
+    """The names of the options that differ, those within a section by their own names; what the version that
+    began the run did not have counts as its default."""
+    names, defaults = [], TrainConfig().to_dict()
     for name in now:
         old, new = before.get(name), now[name]
         if isinstance(old, dict) and isinstance(new, dict):
-            names += [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            names += [key for key in sorted({*old, *new}) if old.get(key, defaults.get(key)) != new.get(key)]
         elif old != new:
             names.append(name)
     return names

@@ -285,6 +285,7 @@ def training_arguments(
             "lr_scheduler_type",
             "weight_decay",
             "max_grad_norm",
+            "label_smoothing_factor",
             "logging_steps",
             "save_total_limit",
             "seed",
@@ -301,7 +302,6 @@ def training_arguments(
         **same,
         output_dir=str(output),
         learning_rate=resolved["learning_rate"],
-        label_smoothing_factor=resolved.get("label_smoothing_factor", 0.0),  # of an earlier version: none
         num_train_epochs=resolved.get("epochs", 1.0),  # a run of an earlier version: the default was 1
         max_steps=config.max_steps or -1,
         warmup_steps=warmup_steps_for(config.warmup_ratio, resolved["steps"]),
