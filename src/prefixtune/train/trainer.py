@@ -179,8 +179,8 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         check_ids(self.passes.base, (ids.tolist() for row in rows for ids in (row.input_ids, row.labels)))
-        total, plain = torch.zeros(2, device=self.args.device)
-        smoothing = self.args.label_smoothing_factor
+        total, smoothing = torch.zeros((), device=self.args.device), self.args.label_smoothing_factor
+        plain = torch.zeros_like(total) if smoothing else None
         for group in self.passes.plan(rows):
             some = [rows[row] for row in group]
             with self.passes.loss(some, self.step.leaves, smoothing=smoothing, plain=plain) as loss:
@@ -191,7 +191,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self.silent.see(self.step, last=self.state.max_steps)
             self.step.finish(self.accelerator)
             self.step = None
-        if smoothing:
+        if plain is not None:
             total = plain / num_items_in_batch
         shown: torch.Tensor = total * self.accelerator.num_processes  # Trainer logs the mean over processes
         return shown
