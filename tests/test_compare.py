@@ -231,6 +231,33 @@ def test_targets_of_any_method_can_be_smoothed_and_losses_are_told_without(
         assert 1e-4 < abs(other["dev_loss"] - plain["dev_loss"]) < 0.2
 
 
+def test_label_smoothing_of_a_peer_ends_as_ours(
+    measured: Measured, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, seen = load_base(str(model), dtype="float32"), []
+    trainer = peer_trainer(
+        "lora",
+        base,
+        measured.rows.train,
+        replace(METHODS["lora"].peer, label_smoothing_factor=0.3),
+        shared=TrainConfig(max_steps=3),
+        steps=3,
+        output=tmp_path,
+        length=LENGTH,
+        start=None,
+        pad_token_id=0,
+        precision=torch.float32,
+    )
+
+    def losses(*args: Any, smoothing: float) -> Any:
+        seen.append((trainer.state.global_step, smoothing))
+        return summed_losses(*args, smoothing=smoothing)
+
+    monkeypatch.setattr("prefixtune.compare.peers.summed_losses", losses)
+    trainer.train()
+    assert set(seen) == {(0, 0.3), (1, 0.3), (2, 0.0)}
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_peers_loss_is_the_smoothed_cross_entropy_of_targets_behind_virtual_tokens(smoothing: float) -> None:
     torch.manual_seed(0)

@@ -296,8 +296,8 @@ class TrainConfig(_Config):
     )
     label_smoothing_factor: float = option(
         0.0,
-        "share of each target that the training loss spreads over the vocabulary: greedy answers may gain, "
-        "sampled ones lose",
+        "share of each target that the training loss spreads over the vocabulary, but for the last third of "
+        "the steps: answers may gain, above all with more epochs",
     )
     retain: float = option(
         0.1,

@@ -328,6 +328,22 @@ def test_label_smoothing_is_of_the_gradient_and_not_of_the_loss_that_is_told(
         assert cosine_similarity(theirs.flatten(), ours.flatten(), dim=0) > 0.999
 
 
+def test_label_smoothing_ends_with_two_thirds_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer("ours", fresh("llama"), tmp_path, label_smoothing_factor=0.3, max_steps=5, logging_steps=1)
+    whole, seen = Passes.loss, []
+
+    def loss(*args: Any, smoothing: float, **options: Any) -> Any:
+        seen.append((made.state.global_step, smoothing))
+        return whole(*args, smoothing=smoothing, **options)
+
+    monkeypatch.setattr(Passes, "loss", loss)
+    made.train()
+    assert set(seen) == {(0, 0.3), (1, 0.3), (2, 0.3), (3, 0.3), (4, 0.0)}
+    assert [entry["loss"] > 0 for entry in made.state.log_history if "loss" in entry] == [True] * 5
+
+
 def test_label_smoothing_is_not_of_our_evaluation(tmp_path: Path) -> None:
     model = fresh("llama")
     made = trainer("ours", model, tmp_path, label_smoothing_factor=0.3)

@@ -28,6 +28,7 @@ from prefixtune.loss import PASS_TOKENS, Passes, RowTokens, planned
 from prefixtune.rotary import settle
 from prefixtune.train import planned_epochs, warmup_steps_for
 from prefixtune.train.sampler import LengthGroupedSampler
+from prefixtune.train.step import smoothing_of
 from prefixtune.train.trainer import on_one_device
 
 __all__ = ["PeerTrainer", "lora_config", "matmul_layers", "peer_model", "peer_trainer"]
@@ -201,7 +202,7 @@ class PeerTrainer(Trainer):  # type: ignore[misc]
             settle(bare)
             batch = Collator(self.pad_token_id)([_plain(rows[row]) for row in group])
             with self._precision():
-                loss, plain = summed_losses(model, batch, smoothing=self.args.label_smoothing_factor)
+                loss, plain = summed_losses(model, batch, smoothing=smoothing_of(self.args, self.state))
             self.accelerator.backward(loss / counted)
             total += plain / counted
         return total

@@ -1,4 +1,4 @@
-"""The prefix of one optimizer step, and the layers of it that no gradient reaches."""
+"""The prefix of one optimizer step, the layers of it that no gradient reaches, and its label smoothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ import torch
 
 from prefixtune.errors import UnsupportedModelError
 
-__all__ = ["SilentLayers", "Step"]
+__all__ = ["SilentLayers", "Step", "smoothing_of"]
 
 PATIENCE = 8  # steps; a model that leaves out layers by chance (LayerDrop) has run each of them by then
+
+
+def smoothing_of(args: Any, state: Any) -> float:
+    """The label smoothing of a step: none in the last third, in which probabilities become true again.
+
+    A model that is trained to its end with a tenth of each target spread samples any token (bench/LOG.md).
+    """
+    factor: float = args.label_smoothing_factor
+    return factor if 3 * state.global_step < 2 * state.max_steps else 0.0
 
 
 class Step:

@@ -38,7 +38,7 @@ from prefixtune.train.defaults import warmup_steps_for
 from prefixtune.train.folder import cut_metrics
 from prefixtune.train.retention import Retention
 from prefixtune.train.sampler import LengthGroupedSampler
-from prefixtune.train.step import SilentLayers, Step
+from prefixtune.train.step import SilentLayers, Step, smoothing_of
 from prefixtune.train.window import LogWindow
 
 __all__ = ["PrefixTrainer", "run", "training_arguments"]
@@ -49,7 +49,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
 
     Every target token of an optimizer step counts the same, whatever row, pass, batch or process it is in.
     Checkpoints hold the prefix only. With `label_smoothing_factor` the loss that is logged, and that of
-    `evaluate`, is the one without it.
+    `evaluate`, is the one without it; in the last third of the steps so is the one that is trained.
 
     Args:
         pad_token_id: fills shorter rows where rows cannot be packed.
@@ -179,7 +179,7 @@ class PrefixTrainer(Trainer):  # type: ignore[misc]
             self._retain(self.step)
         rows = RowTokens.of_batch(inputs)
         check_ids(self.passes.base, (ids.tolist() for row in rows for ids in (row.input_ids, row.labels)))
-        total, smoothing = torch.zeros((), device=self.args.device), self.args.label_smoothing_factor
+        total, smoothing = torch.zeros((), device=self.args.device), smoothing_of(self.args, self.state)
         plain = torch.zeros_like(total) if smoothing else None
         for group in self.passes.plan(rows):
             some = [rows[row] for row in group]
