@@ -289,9 +289,9 @@ def test_estimated_pass_is_the_largest_that_the_trainer_runs(
         held_once = common * (len(lengths) - 1)
         return sum(lengths) - held_once if packing else len(lengths) * max(lengths)
 
-    def watched(self: Passes, rows: Any, pairs: Any) -> Any:
+    def watched(self: Passes, rows: Any, pairs: Any, **options: Any) -> Any:
         seen.append(size([len(row.input_ids) for row in rows]))
-        return loss(self, rows, pairs)
+        return loss(self, rows, pairs, **options)
 
     monkeypatch.setattr(Passes, "loss", watched)
     examples = [
