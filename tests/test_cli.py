@@ -119,6 +119,19 @@ def test_every_field_of_every_config_is_an_option_with_its_help_and_default() ->
                 assert f"[default: {field.default}]" in words
 
 
+@pytest.mark.parametrize(
+    ("command", "epochs", "template"),
+    [("train", "2; 1 where", "human-one-bos where"), ("distill", "8.0", "chat where")],
+)
+def test_help_tells_one_default_of_an_option(command: str, epochs: str, template: str) -> None:
+    parts = succeed(command, "--help").stdout.split("\n  --")
+    told = dict(" ".join(part.split()).partition(" ")[::2] for part in parts)
+    assert f"[default: {epochs}" in told["num-train-epochs"]
+    assert f"[default: {template}" in told["template"]
+    for text in told.values():
+        assert sum(map(text.count, ("[default", "by default", "unless given"))) <= 1, text
+
+
 def test_nothing_given_is_nothing_passed_on() -> None:
     values = given("--model", "m")
     assert values["prefix_options"] == values["data_options"] == values["train_options"] == {}

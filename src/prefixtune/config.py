@@ -35,9 +35,9 @@ SCHEMES = ("int8", "nf4")  # in which a frozen base's linear weights can be held
 DISTILL_TRAINING: dict[str, Any] = {"num_train_epochs": 8.0, "retain": 0.0, "token_damping": 0.0}
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its help text, and its choices where they are closed."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, unset: str = "") -> Any:
+    """A dataclass field: its help, its choices where they are closed, and what no value (None) comes to."""
+    return field(default=default, metadata={"help": help, "choices": choices, "unset": unset})
 
 
 class _Config:
@@ -181,7 +181,7 @@ class PrefixConfig(_Config):
 
     length: int = option(10, "number of virtual tokens P")
     projection: bool = option(False, "produce the KV by an MLP (Li & Liang 2021, section 4.3)")
-    hidden_size: int | None = option(None, "width of the MLP's hidden layer; the model's own by default")
+    hidden_size: int | None = option(None, "width of the MLP's hidden layer", unset="the model's own")
     init: str = option(
         "random",
         "start from noise at the scale of the model's KV, from the KV of text, or from the KV of token ids",
@@ -194,7 +194,8 @@ class PrefixConfig(_Config):
     layers: str | None = option(
         None,
         "train in these layers only: top:8 (the 8 nearest to the output), or numbers from 0 such as "
-        "0,5,20-29; the others keep the KV that they start with; all layers by default",
+        "0,5,20-29; the others keep the KV that they start with",
+        unset="all layers",
     )
 
     def check(self) -> None:
@@ -227,15 +228,15 @@ class DataConfig(_Config):
         "human (the tutorial's), human-one-bos (the same text, with the tokenizer's BOS at its start only, "
         "and its end token at its end only), "
         "chat (the tokenizer's chat template), or a format such as "
-        "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break); "
-        "by default human-one-bos where the tokenizer begins or ends each text with a token, else human",
+        "'Question: {instruction}\\nAnswer: {output}', whose last field is the target (\\n is a line break)",
+        unset="human-one-bos where the tokenizer begins or ends each text with a token, else human",
     )
     fields: str | None = option(
         None, "map the template's fields to the file's columns, e.g. input=mr,output=ref"
     )
     max_length: int = option(512, "longest row in tokens; what is cut is counted and shown")
     split: str = option("train", "which split of a hub data set or DatasetDict to read")
-    eval_split: str | None = option(None, "which split to evaluate on; that of --split unless given")
+    eval_split: str | None = option(None, "which split to evaluate on", unset="that of --split")
     on_no_target: str = option(
         "error",
         "a row without target tokens stops the run, or is dropped and counted",
@@ -255,17 +256,16 @@ class DataConfig(_Config):
 class TrainConfig(_Config):
     """How to train; named as in transformers' TrainingArguments where it has the option."""
 
-    learning_rate: float | None = option(None, "peak learning rate; by parameterisation unless given")
+    learning_rate: float | None = option(None, "peak learning rate", unset="by parameterisation")
     find_learning_rate: bool = option(
         False,
-        "first raise the learning rate step by step in a short run (a range test), then train with the rate "
-        "that it suggests",
+        "first raise the learning rate step by step (a range test), then train with the rate it suggests",
     )
     num_train_epochs: float | None = option(
         None,
-        "passes over the training rows, unless --max-steps is given; 2 by default, 1 where that alone makes "
-        "500 steps, up to 4 where 2 make fewer than 14, or fewer than 50 and rows have 10 target tokens or "
-        "fewer on average",
+        "passes over the training rows, unless --max-steps is given",
+        unset="2; 1 where that makes 500 steps, up to 4 where 2 make fewer than 14 (50 where rows have 10 "
+        "target tokens or fewer)",
     )
     max_steps: int | None = option(None, "optimizer steps; overrides the epochs")
     per_device_train_batch_size: int = option(
@@ -273,13 +273,11 @@ class TrainConfig(_Config):
         "rows per batch; run in passes of packing_length tokens, so that memory does not grow with it",
     )
     gradient_accumulation_steps: int = option(1, "batches per optimizer step, weighted by target tokens")
-    packing: bool = option(
-        True, "run rows end to end in one pass, without padding, where the architecture allows it"
-    )
+    packing: bool = option(True, "run rows end to end in one pass, without padding, where the model allows")
     packing_length: int | None = option(
         None,
-        "tokens of one pass through the model; unless given, 512 beside what all rows begin with (on a GPU "
-        "2048, or 1024, where they fit), and at least the longest row's",
+        "tokens of one pass through the model",
+        unset="512 beside what all rows begin with (on a GPU 2048 or 1024), at least the longest row's",
     )
     warmup_ratio: float = option(0.06, "share of the steps over which the learning rate rises")
     lr_scheduler_type: str = option(
@@ -291,8 +289,8 @@ class TrainConfig(_Config):
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this")
     token_damping: float | None = option(
         None,
-        "how much less the virtual tokens with most of the attention step, 0 (not at all) to 1; 0.5 by "
-        "default in runs of up to 125 steps, 0 in longer ones, of labels, and with a projection",
+        "how much less the virtual tokens with most of the attention step, 0 (not at all) to 1",
+        unset="0.5 in runs of up to 125 steps, 0 in longer ones, of labels, and with a projection",
     )
     label_smoothing_factor: float = option(
         0.0,
@@ -305,8 +303,8 @@ class TrainConfig(_Config):
         "task's loss): less is forgotten; 0 switches it off",
     )
     logging_steps: int = option(10, "log the loss every so many steps")
-    eval_steps: int | None = option(None, "evaluate every so many steps; four times unless given")
-    save_steps: int | None = option(None, "checkpoint every so many steps; ten times or more unless given")
+    eval_steps: int | None = option(None, "evaluate every so many steps", unset="four times")
+    save_steps: int | None = option(None, "checkpoint every so many steps", unset="ten times or more")
     save_total_limit: int = option(2, "keep this many checkpoints, and the best one")
     seed: int = option(42, "seed of the initialisation, the data order and dropout")
     dtype: str = option(
@@ -324,12 +322,13 @@ class TrainConfig(_Config):
     )
     compile: bool | None = option(
         None,
-        "compile the decoder's layers with torch.compile: half a minute at the start for a tenth less time; "
-        "unless given, in long runs on a CPU in bfloat16, where it pays",
+        "compile the decoder's layers with torch.compile: half a minute at the start for a tenth less time",
+        unset="in long runs on a CPU in bfloat16, where it pays",
     )
     report_to: str | None = option(
         None,
-        "where to log: tensorboard, wandb, … or none, several with commas; TensorBoard where it is installed",
+        "where to log: tensorboard, wandb, … or none, several with commas",
+        unset="TensorBoard where installed",
     )
 
     def check(self) -> None:

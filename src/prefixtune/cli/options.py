@@ -104,7 +104,7 @@ def config_options(
         for section in reversed(sections):
             hints = get_type_hints(SECTIONS[section])
             for field in reversed(knobs[section]):  # decorators stack from the bottom
-                shown = (defaults or {}).get(field.name, _shown(field.default))
+                shown = (defaults or {}).get(field.name, _shown(field))
                 _add_knob(collected, section, field, kind=_kind(hints[field.name]), shown=shown)
         if files:
             path = click.Path(path_type=Path)
@@ -177,9 +177,10 @@ def _kind(hint: Any) -> type[Any]:
     return tuple if getattr(kind, "__origin__", None) is tuple else kind
 
 
-def _shown(default: Any) -> str:
+def _shown(field: dataclasses.Field[Any]) -> str:
+    default = field.default
     if default is None:
-        return ""  # the help text says what nothing means
+        return str(field.metadata["unset"])
     return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
 
 
