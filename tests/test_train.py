@@ -36,7 +36,7 @@ from prefixtune.data import Collator, Example, Row, build_examples, load_rows
 from prefixtune.evaluate import target_loss
 from prefixtune.load import LoadedBase
 from prefixtune.loss import Passes
-from prefixtune.train import PrefixTrainer, TrainResult, default_start, telling_rows
+from prefixtune.train import PrefixTrainer, TrainResult, default_length, default_start, telling_rows
 from prefixtune.train.callbacks import KeepBest, Metrics
 from prefixtune.train.defaults import prefix_config_of
 from prefixtune.train.folder import last_checkpoint
@@ -714,6 +714,18 @@ def test_start_is_a_whole_row_and_the_end_of_others(
 ) -> None:
     rows = [(1, 2, 3, 4, 9), (1, 5, 6, 7), (1, 8, 9)]
     assert default_start(rows, length, front=front) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets", "length"),
+    [(1, 10, 8), (99, 10, 32), (100, 10, 45), (100, 11, 32), (400, 10, 64), (400, 11, 64), (5000, 11, 128)],
+)
+def test_a_prefix_is_longer_for_more_rows_and_for_a_hundred_labels(
+    rows: int, targets: int, length: int
+) -> None:
+    ids = (5,) * (1 + targets)
+    row = Example(input_ids=ids, labels=(-100, *ids[1:]), origin="", truncated=0)
+    assert default_length([row] * rows) == length
 
 
 def test_a_start_is_no_longer_than_the_prefix() -> None:

@@ -15,7 +15,7 @@ __all__ = ["train"]
 
 DEFAULTS = {
     "init": "the KV of a whole training row, prompt and target",
-    "length": "auto, by the number of rows: 32 for 100, 64 for 400, 128 for 1,600 and more",
+    "length": "auto, by the rows: 32 for 100 (45 if labels), 64 for 400, 128 for 1,600 and more",
 }
 
 

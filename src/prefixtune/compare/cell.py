@@ -139,7 +139,7 @@ def _as_prefix(plan: Plan, cell: Cell, base: LoadedBase, rows: Rows) -> PrefixCo
     except DataError:  # no room for it keeps no method from training that is not as long
         if cell.method.of not in ("full", "lora") and "length" not in cell.method.options:
             raise
-        return PrefixConfig(**{**options, "length": default_length(len(examples))})
+        return PrefixConfig(**{**options, "length": default_length(examples)})
 
 
 def context_ids(instruction: str | None, tokenizer: Any, examples: Sequence[Example]) -> tuple[int, ...]:

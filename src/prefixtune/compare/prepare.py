@@ -162,7 +162,7 @@ def _longest_prefix(
         if method.of in kinds and cell.seed == 1:
             length = method.options.get("length") or plan.prefix.prefix_options.get("length")
             longest = max((*rows, *examples), key=lambda example: len(example.input_ids))
-            lengths.append(length or length_for(model, len(rows), longest))
+            lengths.append(length or length_for(model, rows, longest))
     return max(lengths)
 
 

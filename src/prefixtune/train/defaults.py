@@ -51,6 +51,8 @@ EPOCHS, MANY_STEPS = 2, 500
 FEWEST_STEPS, MOST_EPOCHS = 14, 4
 # Rows whose targets are labels have little to learn by heart, and few targets in a step
 LABELS, FEWEST_LABEL_STEPS = 10, 50
+# so many of them are learnt better with so many virtual tokens, fewer are not (docs/defaults.md)
+MANY_LABELS, SHORTEST_FOR_LABELS = 100, 45
 # operations of a run from which on compiled layers save more time than compiling takes (docs/defaults.md)
 COMPILED_FROM = 2e14
 # In runs of so many steps the tokens with most of the attention step less; two thousand rows are learnt
@@ -85,14 +87,12 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def default_length(rows: int) -> int:
-    """Virtual tokens for so many training rows: a long prefix learns few rows by heart (docs/defaults.md).
-
-    Example:
-        >>> [default_length(rows) for rows in (50, 400, 2000)]
-        [23, 64, 128]
-    """
-    return max(SHORTEST_LENGTH, min(LONGEST_LENGTH, round(3.2 * math.sqrt(rows))))
+def default_length(examples: Sequence[Example]) -> int:
+    """Virtual tokens for these training rows: a long prefix learns few rows by heart, and many labels less
+    than text (docs/defaults.md)."""
+    labels = len(examples) >= MANY_LABELS and _are_labels([example.target_tokens for example in examples])
+    shortest = SHORTEST_FOR_LABELS if labels else SHORTEST_LENGTH
+    return max(shortest, min(LONGEST_LENGTH, round(3.2 * math.sqrt(len(examples)))))
 
 
 def default_start(
@@ -133,13 +133,13 @@ def telling_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:
     return [e.input_ids for e in examples if e.target_tokens > 1] or [e.input_ids for e in examples]
 
 
-def length_for(model: Any, rows: int, longest: Example) -> int:
-    """The default length for so many rows, or what the longest of all leaves of the model's positions.
+def length_for(model: Any, examples: Sequence[Example], longest: Example) -> int:
+    """The default length for these rows, or what the longest of all leaves of the model's positions.
 
     Raises:
         DataError: it leaves fewer than the shortest default.
     """
-    length, limit, taken = default_length(rows), positions_of(model), len(longest.input_ids)
+    length, limit, taken = default_length(examples), positions_of(model), len(longest.input_ids)
     if limit is None or taken + length <= limit:
         return length
     room = max(limit - taken, 0)
@@ -182,7 +182,7 @@ def prefix_config_of(
     given = _with_init(_given(options))
     if "length" not in given:
         longest = max((*examples, *eval_examples), key=lambda example: len(example.input_ids))
-        given["length"] = length_for(base.model, len(examples), longest)
+        given["length"] = length_for(base.model, examples, longest)
     if given.get("init_text") and base.tokenizer is not None:
         _tell_start(start_ids(base.tokenizer, given["init_text"])[1], given["length"], base.tokenizer)
     if "init" not in given:

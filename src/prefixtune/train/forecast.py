@@ -193,7 +193,7 @@ def forecast_for(
     base = empty_model(model)
     if found[0] and "length" not in sizes:
         longest = max((*found[0], *found[1]), key=lambda example: len(example.input_ids))
-        sizes["length"] = length_for(base, len(found[0]), longest)
+        sizes["length"] = length_for(base, found[0], longest)
     elif "length" not in sizes:
         positions = positions_of(base)
         left = LONGEST_LENGTH if positions is None else positions - data_config.max_length
