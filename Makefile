@@ -18,7 +18,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/prefixtune quickstart --output runs/quickstart
 
-test: $(VENV)/.installed
+# Triton takes 1 GB, and nothing but the tests of Liger's kernels wants it on a machine without a GPU
+$(VENV)/.liger: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt "liger-kernel; sys_platform == 'linux'"
+	touch $@
+
+test: $(VENV)/.installed $(VENV)/.liger
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # vLLM pins what it needs, so it has an environment of its own: 3.4 GB, 2 minutes of processor time

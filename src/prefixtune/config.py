@@ -317,14 +317,13 @@ class TrainConfig(_Config):
         "hold the frozen base's linear weights in 8 or 4 bits; nf4 needs prefixtune[quant]",
         choices=SCHEMES,
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, more time"
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations backwards: less memory, more time")
     compile: bool | None = option(
         None,
         "compile the decoder's layers with torch.compile: half a minute at the start for a tenth less time",
         unset="in long runs on a CPU in bfloat16, where it pays",
     )
+    liger: bool = option(False, "Liger's fused kernels for Llama's parts, on CUDA; needs prefixtune[liger]")
     report_to: str | None = option(
         None,
         "where to log: tensorboard, wandb, … or none, several with commas",
@@ -352,6 +351,8 @@ class TrainConfig(_Config):
         if self.find_learning_rate and self.learning_rate is not None:
             given = f"learning_rate is given too ({self.learning_rate:g})"
             raise ConfigError(f"find_learning_rate: {given}", hint="leave one out")
+        if self.liger and (self.compile or not self.packing):
+            raise ConfigError("liger: goes neither with compile nor without packing", hint="leave one out")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed: expected 0 to 2**32 - 1; got {self.seed}")
 

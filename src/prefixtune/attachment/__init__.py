@@ -12,17 +12,21 @@ bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T 
 
 Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
 cache, mask and positions that the decoder sees). For training there are also `head` (the model in two
-halves), and `packed` with `documents` (several documents in one row without padding); for serving there are
-`rows` (a batch whose rows join and leave) and `flat` (their next tokens and prompts in one pass).
+halves), and `packed` with `documents` (several documents in one row without padding), whose layers `quicker`
+fuses or compiles once `trial` has tried that; for serving there are `rows` (a batch whose rows join and
+leave) and `flat` (their next tokens and prompts in one pass).
 """
 
 from prefixtune.attachment.experts import aligned_experts
 from prefixtune.attachment.flat import Piece, flat_runner, no_flat
 from prefixtune.attachment.forward import position_limit
 from prefixtune.attachment.head import head_of, last_hidden, multiply_once, splits
-from prefixtune.attachment.packed import compile_layers, packed, packs, uncompile_layers
+from prefixtune.attachment.liger import check_liger
+from prefixtune.attachment.packed import packed
+from prefixtune.attachment.quicker import uncompile_layers, use_no_liger
 from prefixtune.attachment.rows import Rows, empty_rows, most_positions, row_runner
 from prefixtune.attachment.session import attach, attach_pairs, supported
+from prefixtune.attachment.trial import compile_layers, packs, use_liger
 
 __all__ = [
     "Piece",
@@ -30,6 +34,7 @@ __all__ = [
     "aligned_experts",
     "attach",
     "attach_pairs",
+    "check_liger",
     "compile_layers",
     "empty_rows",
     "flat_runner",
@@ -45,4 +50,6 @@ __all__ = [
     "splits",
     "supported",
     "uncompile_layers",
+    "use_liger",
+    "use_no_liger",
 ]

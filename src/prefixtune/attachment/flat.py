@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from prefixtune.attachment.head import head_of, last_hidden, splits
-from prefixtune.attachment.packed import attending, attention_configs, packs, refuse_extras
+from prefixtune.attachment.packed import attending, attention_configs, refuse_extras
 from prefixtune.attachment.rows import Rows
 from prefixtune.attachment.session import supported
+from prefixtune.attachment.trial import packs
 from prefixtune.errors import UnsupportedModelError
 
 __all__ = ["Piece", "flat_runner", "no_flat"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -24,22 +25,37 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
-__all__ = ["lean"]
+__all__ = ["STEPS", "Steps", "lean", "parts"]
 
 ROTARY, HALF = "apply_rotary_pos_emb", "rotate_half"
 Part = tuple[nn.Module, Callable[..., Any]]  # with the forward that it has meanwhile
-_PARTS: WeakKeyDictionary[nn.Module, list[Part]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the parts run as.
+
+    Attributes:
+        norm: of hidden [..., d], weight [d] and eps.
+        gate: silu(gate) * up, of both [..., f].
+        turn: as Llama's apply_rotary_pos_emb.
+    """
+
+    norm: Callable[[Tensor, Tensor, float], Tensor]
+    gate: Callable[[Tensor, Tensor], Tensor]
+    turn: Callable[..., tuple[Tensor, Tensor]]
+
+
+_PARTS: WeakKeyDictionary[nn.Module, dict[Steps, list[Part]]] = WeakKeyDictionary()
 
 
 @contextmanager
-def lean(decoder: nn.Module) -> Iterator[None]:
-    """Within the block the decoder's parts run as described above.
+def lean(decoder: nn.Module, steps: Steps | None = None) -> Iterator[None]:
+    """Within the block the decoder's parts run as described above, or as other steps that do the same.
 
     Not in float64: a norm is float32 within all the same, and would round otherwise than Llama's.
     """
-    if decoder not in _PARTS:
-        _PARTS[decoder] = _parts(decoder)
-    taken = [(module, forward) for module, forward in _PARTS[decoder] if _may(module)]
+    taken = parts(decoder, steps or STEPS)
     for module, forward in taken:
         vars(module)["forward"] = forward
     try:
@@ -49,22 +65,30 @@ def lean(decoder: nn.Module) -> Iterator[None]:
             del vars(module)["forward"]
 
 
+def parts(decoder: nn.Module, steps: Steps) -> list[Part]:
+    """The modules that take part at the moment, each with what it would run as."""
+    known = _PARTS.setdefault(decoder, {})
+    if steps not in known:
+        known[steps] = _parts(decoder, steps)
+    return [(module, forward) for module, forward in known[steps] if _may(module)]
+
+
 def _may(module: nn.Module) -> bool:
     """Frozen, not in float64, and nobody (accelerate's hooks, say) has given it a forward of its own."""
     own = "forward" in vars(module)
     return not own and not any(w.requires_grad or w.dtype == torch.float64 for w in module.parameters())
 
 
-def _parts(decoder: nn.Module) -> list[Part]:
+def _parts(decoder: nn.Module, steps: Steps) -> list[Part]:
     found: list[Part] = []
     for module in decoder.modules():
         forward: Any = type(module).forward
         if _alike(forward, llama.LlamaRMSNorm.forward):
-            found.append((module, partial(_normed, module)))
+            found.append((module, partial(_normed, module, steps)))
         elif _alike(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-            found.append((module, partial(_gated, module)))
+            found.append((module, partial(_gated, module, steps)))
         elif _turns_as_llama(forward):
-            names = {**forward.__globals__, ROTARY: _turned}
+            names = {**forward.__globals__, ROTARY: steps.turn}
             own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
             own.__kwdefaults__ = forward.__kwdefaults__
             found.append((module, MethodType(own, module)))
@@ -93,22 +117,33 @@ def _said(function: FunctionType) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_varnames, constants, function.__defaults__
 
 
-def _normed(module: Any, hidden: Tensor) -> Tensor:
-    out: Tensor = _Norm.apply(hidden, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+def _normed(module: Any, steps: Steps, hidden: Tensor) -> Tensor:
+    return steps.norm(hidden, module.weight, module.variance_epsilon)
+
+
+def _gated(module: Any, steps: Steps, hidden: Tensor) -> Tensor:
+    out: Tensor = module.down_proj(steps.gate(module.gate_proj(hidden), module.up_proj(hidden)))
     return out
 
 
-def _gated(module: Any, hidden: Tensor) -> Tensor:
-    inner: Tensor = _Gated.apply(module.gate_proj(hidden), module.up_proj(hidden))  # type: ignore[no-untyped-call]
-    out: Tensor = module.down_proj(inner)
+def _norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _Norm.apply(hidden, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
-def _turned(
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _turn(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
+
+
+STEPS = Steps(norm=_norm, gate=_gate, turn=_turn)
 
 
 class _Norm(torch.autograd.Function):

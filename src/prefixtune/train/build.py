@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from prefixtune.attachment import compile_layers, packs, position_limit, uncompile_layers
+from prefixtune.attachment import (
+    compile_layers,
+    packs,
+    position_limit,
+    uncompile_layers,
+    use_liger,
+    use_no_liger,
+)
 from prefixtune.config import TrainConfig
 from prefixtune.data import Collator, Example
 from prefixtune.errors import ConfigError
@@ -25,7 +32,7 @@ from prefixtune.train.forecast import pass_tokens_for
 from prefixtune.train.retention import SHORTEST, TOKENS, Retention, kept_texts
 from prefixtune.train.trainer import PrefixTrainer, training_arguments
 
-__all__ = ["add_retention", "compile_base", "make_trainer", "trainer_for"]
+__all__ = ["add_retention", "make_trainer", "quicken", "trainer_for"]
 
 
 def trainer_for(
@@ -92,10 +99,8 @@ def make_trainer(
         pad_token_id = ending(model.base_model, tokenizer)["pad_token_id"]
     passes = _passes(model.base_model, config, resolved["packing_length"], pad_token_id)
     # a run of an earlier version has recorded what was asked alone
-    if resolved.get("compile", config.compile):
-        compile_base(model.base_model, packing=passes.packing, asked=bool(config.compile))
-    else:
-        uncompile_layers(model.base_model)  # of an earlier run in this process
+    compiled = resolved.get("compile", config.compile)
+    quicken(model.base_model, config, packing=passes.packing, compiled=compiled)
     return _trainer(
         kind,
         output,
@@ -159,7 +164,26 @@ def _passes(base: nn.Module, config: TrainConfig, capacity: int, pad_token_id: i
     return found
 
 
-def compile_base(base: nn.Module, *, packing: bool, asked: bool = True) -> None:
+def quicken(base: nn.Module, config: TrainConfig, *, packing: bool, compiled: bool | None) -> None:
+    """Give packs compiled layers or Liger's kernels, or neither, whatever an earlier run of the process had.
+
+    Raises:
+        ConfigError: what was asked for does not go.
+        MissingExtraError: liger-kernel is not installed.
+    """
+    if compiled:
+        _compile_base(base, packing=packing, asked=bool(config.compile))
+    else:
+        uncompile_layers(base)
+    if not config.liger:
+        use_no_liger(base)
+    elif not packing:
+        raise ConfigError("liger: only packed rows run through Liger's kernels", hint="leave it out")
+    else:
+        use_liger(base)
+
+
+def _compile_base(base: nn.Module, *, packing: bool, asked: bool = True) -> None:
     """Compile the layers of a base that is trained with packed rows.
 
     Args:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from prefixtune.attachment import packs
+from prefixtune.attachment import check_liger, packs
 from prefixtune.config import PrefixConfig, TrainConfig, check_damping
 from prefixtune.data import Example, text_start
 from prefixtune.errors import DataError
 from prefixtune.geometry import Geometry, text_config
 from prefixtune.load import LoadedBase
 from prefixtune.loss import PASS_TOKENS, default_capacity, first_target
+from prefixtune.precision import device_of
 from prefixtune.prefix import start_ids
 from prefixtune.progress import note
 from prefixtune.rotary import rotary_change
@@ -64,7 +65,10 @@ DIRECT_LEARNING_RATE, DAMPED_LEARNING_RATE = 5e-2, 7e-2
 PROJECTION_LEARNING_RATE, AT_HIDDEN_SIZE = 3e-4, 576
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise ConfigError or MissingExtraError where these options cannot work, before a model is loaded."""
+    if config.liger:
+        check_liger(device_of(None))
     given = _given(options)
     if not given.keys() & {"init", "init_text", "init_tokens"}:
         given |= {"init": "random"}  # the start is decided when the rows are known
@@ -266,6 +270,8 @@ def compiled_for(
     """
     if config.compile is not None:
         return config.compile
+    if config.liger:
+        return False
     model: Any = base.model
     measured = model.device.type == "cpu" and model.dtype == torch.bfloat16 and base.quantization is None
     if not measured or processes > 1 or config.gradient_checkpointing or not config.packing or packs(model):

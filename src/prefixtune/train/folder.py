@@ -56,7 +56,7 @@ OURS = (
 
 
 # options that decide memory and time alone: a run that was out of memory goes on with others
-SAME_GRADIENT = ("gradient_checkpointing", "packing_length", "compile")
+SAME_GRADIENT = ("gradient_checkpointing", "packing_length", "compile", "liger")
 
 
 def open_run(output: Path, asked: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from prefixtune.memory import Setup
 from prefixtune.memory.step import training_step
 from prefixtune.model import PrefixModel
 from prefixtune.prefix import Prefix
-from prefixtune.train.build import compile_base
+from prefixtune.train.build import quicken
 from prefixtune.train.retention import PER_STEP, TOKENS
 
 __all__ = ["seconds_per_1000_rows"]
@@ -31,8 +31,7 @@ def seconds_per_1000_rows(model: str, setup: Setup, config: TrainConfig) -> floa
     trained = PrefixModel(base, PrefixConfig(length=setup.prefix.length))
     trained.prefix = Prefix(setup.prefix, trained.geometry, trained.prefix.bake())
     trained.train()
-    if config.compile:
-        compile_base(base, packing=setup.packing)
+    quicken(base, config, packing=setup.packing, compiled=config.compile)
     if setup.checkpointing:
         trained.gradient_checkpointing_enable()
     optimizer = trained.prefix.optimizer(0.0)

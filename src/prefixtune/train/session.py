@@ -154,7 +154,7 @@ def train(
         "data_config": data_config.to_dict(),
         "train_config": config.to_dict(),
     }
-    check_options(prefix_options or {})  # before the model is loaded
+    check_options(prefix_options or {}, config)  # before the model is loaded
     if config.find_learning_rate:
         one_process_only("find_learning_rate", hint="find a rate in one process, then give --learning-rate")
     began = open_run(output, asked, resume=resume, overwrite=overwrite)
@@ -228,12 +228,12 @@ def train_examples(
         if record := finished(output, resolved):
             note(f"{output}: the run has come to its end already; nothing to do")
             return TrainResult(output=str(output), **record)
-        if config.packing_length != began["asked"]["train_config"].get("packing_length"):
+        before = began["asked"]["train_config"]
+        if config.packing_length != before.get("packing_length"):
             length = packing_length_for(config, examples, base.model, pass_tokens=room())
             resolved = {**resolved, "packing_length": length}
-        if config.compile != began["asked"]["train_config"].get("compile"):
-            compiled = compiled_for(config, base, examples, processes=processes)
-            resolved = {**resolved, "compile": compiled}
+        if (config.compile, config.liger) != (before.get("compile"), before.get("liger", False)):
+            resolved = {**resolved, "compile": compiled_for(config, base, examples, processes=processes)}
     else:
         resolved = resolve(config, prefix_config, base, examples, processes=processes, pass_tokens=room())
         resolved |= {name: found for name, (_, found) in same.items()}
