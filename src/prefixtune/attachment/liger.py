@@ -1,6 +1,6 @@
 """Norms, gated MLPs and rotary embeddings through Liger's Triton kernels: one kernel each way, on CUDA.
 
-They do what `lean`'s own steps do (Hsu et al. 2024, sections 3.2 and 4.1), for the same modules. Two of them
+They do what `lean`'s own steps do (Hsu et al. 2024, arXiv:2410.10989), for the same modules. Two of them
 write over what they are given, the kernels of the MLP's backward pass and of the rotary embedding: here
 nothing is written over that anybody else may read.
 """

@@ -29,12 +29,7 @@ from prefixtune.attachment.quicker import quicker
 from prefixtune.errors import AttachError, UnsupportedModelError
 from prefixtune.geometry import Geometry, has_values, text_config
 
-__all__ = [
-    "attending",
-    "attention_configs",
-    "packed",
-    "refuse_extras",
-]
+__all__ = ["attending", "attention_configs", "packed", "refuse_extras"]
 
 NAME = "prefixtune_packed"
 T = TypeVar("T")

@@ -34,7 +34,7 @@ def compile_layers(base: nn.Module) -> None:
 
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs on a CPU; or the compiled layers
-            fail, or give other hidden states. The base runs uncompiled then.
+            fail, or give other hidden states or gradients. The base runs uncompiled then.
     """
     if base in COMPILED:
         return
