@@ -29,7 +29,7 @@ from prefixtune.train.build import quicken
 from tokenizers_for_tests import byte_tokenizer
 from triton_on_cpu import DEVICE, IS_REAL
 
-LLAMA = ("llama", "qwen2", "qwen3", "mistral-sliding", "mixtral", "llama-yarn")
+ALIKE = ("llama", "qwen2", "qwen3", "mistral-sliding", "mixtral", "llama-yarn", "gemma", "gemma2", "gemma3")
 RUN = (
     "--length",
     4,
@@ -98,7 +98,7 @@ def states_and_gradients(base: Any) -> list[torch.Tensor]:
 
 
 @each_dtype
-@pytest.mark.parametrize("family", LLAMA)
+@pytest.mark.parametrize("family", ALIKE)
 def test_states_and_gradients_are_those_without_it(
     family: str, dtype: torch.dtype, calls: dict[str, int]
 ) -> None:
@@ -112,7 +112,8 @@ def test_states_and_gradients_are_those_without_it(
     norms = sum("RMSNorm" in type(module).__name__ for module in decoder_of(base).modules())
     assert calls["norm"] == norms
     assert calls["rope_forward"] == layers
-    assert family == "mixtral" or calls["swiglu_forward"] == layers
+    gate = "geglu_forward" if family.startswith("gemma") else "swiglu_forward"
+    assert family == "mixtral" or calls[gate] == layers
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
@@ -149,9 +150,10 @@ def test_a_model_of_another_kind_is_what_it_was_or_refused(family: str) -> None:
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-def test_the_mlp_is_gone_backwards_through_once() -> None:
+@pytest.mark.parametrize("gated", [liger.STEPS.silu_gate, liger.STEPS.gelu_gate])
+def test_the_mlp_is_gone_backwards_through_once(gated: Any) -> None:
     gate, up = (torch.randn(1, 5, 8, device=DEVICE, requires_grad=True) for _ in range(2))
-    total = liger.STEPS.gate(gate * 1, up * 1).sum()
+    total = gated(gate * 1, up * 1).sum()
     torch.autograd.grad(total, (gate, up), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(total, (gate, up))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from liger_kernel.ops import rms_norm
+from liger_kernel.ops import geglu, rms_norm
 from triton.runtime import interpreter
 
 __all__ = ["DEVICE", "IS_REAL"]
@@ -36,6 +36,12 @@ def _rsqrt(x):  # type: ignore[no-untyped-def]
     return tl.rsqrt(x)
 
 
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
 if not IS_REAL:
     interpreter._implicit_cvt = _with_floats
-    rms_norm.rsqrt = _rsqrt  # instead of CUDA's, of which the interpreter knows the name only
+    # instead of CUDA's, of which the interpreter knows the name only
+    rms_norm.rsqrt, geglu.tanh = _rsqrt, _tanh

@@ -323,7 +323,7 @@ class TrainConfig(_Config):
         "compile the decoder's layers with torch.compile: half a minute at the start for a tenth less time",
         unset="in long runs on a CPU in bfloat16, where it pays",
     )
-    liger: bool = option(False, "Liger's fused kernels for Llama's parts, on CUDA; needs prefixtune[liger]")
+    liger: bool = option(False, "Liger's fused kernels, as far as they go, on CUDA; needs prefixtune[liger]")
     report_to: str | None = option(
         None,
         "where to log: tensorboard, wandb, … or none, several with commas",

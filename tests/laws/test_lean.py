@@ -3,13 +3,25 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import GELUTanh
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from families import EXTRA, FAMILIES, tiny_model
 from prefixtune.attachment import packed
 from prefixtune.attachment.head import decoder_of
 from prefixtune.attachment.lean import lean
 
-LLAMA = ("llama", "qwen2", "qwen3", "mistral-sliding", "llama-yarn", "llama-llama3")
+ALIKE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral-sliding",
+    "llama-yarn",
+    "llama-llama3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+)
 
 
 def own_forwards(decoder):
@@ -40,7 +52,7 @@ def stir_norms(base):
     ("family", "dtype"),
     [
         *(pytest.param(family, torch.float32, id=family) for family in FAMILIES + EXTRA),
-        *(pytest.param(family, torch.bfloat16, id=f"{family}-bfloat16") for family in LLAMA),
+        *(pytest.param(family, torch.bfloat16, id=f"{family}-bfloat16") for family in ALIKE),
     ],
 )
 def test_states_and_gradient_are_the_models_own(family, dtype):
@@ -53,15 +65,19 @@ def test_states_and_gradient_are_the_models_own(family, dtype):
         taken = len(own_forwards(decoder))
         found = states_and_gradient(decoder, embedded)
     assert own_forwards(decoder) == []
-    assert taken > 0 or family not in LLAMA
+    assert taken > 0 or family not in ALIKE
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_norms_activations_and_rotary_embeddings_of_each_layer_take_part():
-    decoder = decoder_of(tiny_model("llama").requires_grad_(False))
+@pytest.mark.parametrize(
+    ("family", "norms"), [("llama", 2), ("qwen3", 4), ("gemma", 2), ("gemma2", 4), ("gemma3", 6)]
+)
+def test_norms_activations_and_rotary_embeddings_of_each_layer_take_part(family, norms):
+    decoder = decoder_of(tiny_model(family).requires_grad_(False))
     with lean(decoder):
-        assert len(own_forwards(decoder)) == 2 * 4 + 1
+        layers = decoder.config.num_hidden_layers
+        assert len(own_forwards(decoder)) == layers * (norms + 2) + 1
 
 
 def test_packs_run_so_and_nothing_else_does():
@@ -97,11 +113,12 @@ def test_a_backward_pass_keeps_less():
     assert kept[1] < 0.9 * kept[0]
 
 
-def test_what_is_trained_or_replaced_runs_as_it_always_does():
+@pytest.mark.parametrize("activation", [nn.GELU(), GELUTanh(use_gelu_tanh_python=True)])
+def test_what_is_trained_or_replaced_runs_as_it_always_does(activation):
     decoder = decoder_of(tiny_model("llama").requires_grad_(False))
     first, second = decoder.layers
     first.input_layernorm.weight.requires_grad_(True)
-    second.mlp.act_fn = nn.GELU()
+    second.mlp.act_fn = activation
     second.self_attn.forward = own = second.self_attn.forward  # as accelerate's hooks do
     with lean(decoder):
         assert second.self_attn.forward is own
@@ -109,6 +126,21 @@ def test_what_is_trained_or_replaced_runs_as_it_always_does():
         for module in (first.input_layernorm, second.mlp):
             assert "forward" not in vars(module)
     assert own_forwards(decoder) == [second.self_attn]
+
+
+class Shifted(GemmaRMSNorm):
+    """Gemma's norm but for what its forward calls."""
+
+    def _norm(self, x):
+        return super()._norm(x) + 1
+
+
+def test_a_norm_is_gemmas_in_both_its_parts():
+    decoder = decoder_of(tiny_model("gemma").requires_grad_(False))
+    decoder.norm = Shifted(decoder.config.hidden_size).requires_grad_(False)
+    with lean(decoder):
+        assert "forward" not in vars(decoder.norm)
+        assert "forward" in vars(decoder.layers[0].input_layernorm)
 
 
 def test_a_model_in_float64_runs_as_it_always_does():

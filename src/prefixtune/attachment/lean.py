@@ -3,7 +3,7 @@
 Autograd keeps what each operation between two matmuls needs: a float32 copy of every norm's input, three
 tensors of the MLP's size. Here each of these parts is one step of autograd, which keeps its input alone, in
 the model's precision. A module takes part where its forward, or the function that turns its queries and keys,
-is Llama's bytecode for bytecode, as in most families; any other runs as it always does.
+is Llama's bytecode for bytecode, or its norm Gemma's, as in most families; any other runs as it always does.
 
 Axes: T tokens, d hidden size, f MLP size, H heads, D head dim.
 """
@@ -22,7 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama as llama
 
 __all__ = ["STEPS", "Steps", "lean", "parts"]
@@ -36,13 +37,17 @@ class Steps:
     """What the parts run as.
 
     Attributes:
-        norm: of hidden [..., d], weight [d] and eps.
-        gate: silu(gate) * up, of both [..., f].
+        norm: Llama's, of hidden [..., d], weight [d] and eps.
+        gemma_norm: Gemma's, of the same: times 1 + weight, which is float32 too.
+        silu_gate: silu(gate) * up, of both [..., f].
+        gelu_gate: gelu(gate) * up, in its form with tanh.
         turn: as Llama's apply_rotary_pos_emb.
     """
 
     norm: Callable[[Tensor, Tensor, float], Tensor]
-    gate: Callable[[Tensor, Tensor], Tensor]
+    gemma_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_gate: Callable[[Tensor, Tensor], Tensor]
+    gelu_gate: Callable[[Tensor, Tensor], Tensor]
     turn: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -84,15 +89,30 @@ def _parts(decoder: nn.Module, steps: Steps) -> list[Part]:
     for module in decoder.modules():
         forward: Any = type(module).forward
         if _alike(forward, llama.LlamaRMSNorm.forward):
-            found.append((module, partial(_normed, module, steps)))
-        elif _alike(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-            found.append((module, partial(_gated, module, steps)))
+            found.append((module, partial(_normed, module, steps.norm)))
+        elif _norms_as_gemma(module):
+            found.append((module, partial(_normed_as_gemma, module, steps.gemma_norm)))
+        elif _alike(forward, llama.LlamaMLP.forward) and (gate := _gate_of(module.act_fn, steps)):
+            found.append((module, partial(_gated, module, gate)))
         elif _turns_as_llama(forward):
             names = {**forward.__globals__, ROTARY: steps.turn}
             own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
             own.__kwdefaults__ = forward.__kwdefaults__
             found.append((module, MethodType(own, module)))
     return found
+
+
+def _norms_as_gemma(module: nn.Module) -> bool:
+    own = [getattr(type(module), name, None) for name in ("forward", "_norm")]
+    return all(map(_alike, own, (GemmaRMSNorm.forward, GemmaRMSNorm._norm)))
+
+
+def _gate_of(activation: Any, steps: Steps) -> Callable[[Tensor, Tensor], Tensor] | None:
+    if isinstance(activation, (nn.SiLU, SiLUActivation)):
+        return steps.silu_gate
+    # its other form is written out in Python
+    fast = isinstance(activation, GELUTanh) and isinstance(activation.act, partial)
+    return steps.gelu_gate if fast else None
 
 
 def _turns_as_llama(forward: Any) -> bool:
@@ -117,22 +137,36 @@ def _said(function: FunctionType) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_varnames, constants, function.__defaults__
 
 
-def _normed(module: Any, steps: Steps, hidden: Tensor) -> Tensor:
-    return steps.norm(hidden, module.weight, module.variance_epsilon)
+def _normed(module: Any, norm: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    return norm(hidden, module.weight, module.variance_epsilon)
 
 
-def _gated(module: Any, steps: Steps, hidden: Tensor) -> Tensor:
-    out: Tensor = module.down_proj(steps.gate(module.gate_proj(hidden), module.up_proj(hidden)))
+def _normed_as_gemma(module: Any, norm: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    return norm(hidden, module.weight, module.eps)
+
+
+def _gated(module: Any, gate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    out: Tensor = module.down_proj(gate(module.gate_proj(hidden), module.up_proj(hidden)))
     return out
 
 
 def _norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out: Tensor = _Norm.apply(hidden, weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(hidden, weight, eps, False)  # type: ignore[no-untyped-call]
     return out
 
 
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+def _gemma_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _Norm.apply(hidden, weight, eps, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = _SiluGated.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = _GeluGated.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -143,32 +177,43 @@ def _turn(
     return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
 
 
-STEPS = Steps(norm=_norm, gate=_gate, turn=_turn)
+STEPS = Steps(norm=_norm, gemma_norm=_gemma_norm, silu_gate=_silu_gate, gelu_gate=_gelu_gate, turn=_turn)
 
 
 class _Norm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), float32 within (Zhang & Sennrich 2019); x [..., d]."""
+    """weight * x / sqrt(mean(x^2) + eps), float32 within (Zhang & Sennrich 2019); x [..., d].
+
+    Llama rounds before it multiplies by the weight; Gemma after it has multiplied by 1 + weight.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
         wide = hidden.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = scale.div_(hidden.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(hidden, scale, weight)
-        out: Tensor = weight * (wide * scale).to(hidden.dtype)
+        ctx.gemma = gemma
+        out: Tensor
+        if gemma:
+            out = (wide * scale).mul_(weight.float() + 1).to(hidden.dtype)
+        else:
+            out = weight * (wide * scale).to(hidden.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, scale, weight = ctx.saved_tensors
         wide = hidden.float()
-        by_normed = (gradient * weight).to(hidden.dtype).float()
+        if ctx.gemma:
+            by_normed = gradient.float() * (weight.float() + 1)
+        else:
+            by_normed = (gradient * weight).to(hidden.dtype).float()
         along = (by_normed * wide).sum(-1, keepdim=True)
         along = along.mul_(scale).mul_(scale).mul_(scale).div_(-hidden.shape[-1])
-        return (by_normed * scale).addcmul_(wide, along).to(hidden.dtype), None, None
+        return (by_normed * scale).addcmul_(wide, along).to(hidden.dtype), None, None, None
 
 
-class _Gated(torch.autograd.Function):
+class _SiluGated(torch.autograd.Function):
     """silu(gate) * up, [..., f] each (Shazeer 2020)."""
 
     @staticmethod
@@ -181,6 +226,21 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
         return by_gate, F.silu(gate).mul_(gradient)
+
+
+class _GeluGated(torch.autograd.Function):
+    """gelu(gate) * up, [..., f] each, with tanh (Shazeer 2020; Hendrycks & Gimpel 2016, section 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
+        return by_gate, F.gelu(gate, approximate="tanh").mul_(gradient)
 
 
 class _Rotary(torch.autograd.Function):

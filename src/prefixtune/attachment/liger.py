@@ -44,6 +44,7 @@ def _kernels() -> Any:
         for module, names in (
             ("rms_norm", ("LigerRMSNormFunction",)),
             ("swiglu", ("swiglu_forward", "swiglu_backward")),
+            ("geglu", ("geglu_forward", "geglu_backward")),
             ("rope", ("rope_forward", "rope_backward")),
         ):
             loaded = importlib.import_module(f"liger_kernel.ops.{module}")
@@ -62,8 +63,18 @@ def _norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+def _gemma_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _kernels().LigerRMSNormFunction.apply(hidden, weight, eps, 1.0, "gemma", False)
+    return out
+
+
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = _Gated.apply(gate, up, "swiglu")  # type: ignore[no-untyped-call]
+    return out
+
+
+def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = _Gated.apply(gate, up, "geglu")  # type: ignore[no-untyped-call]
     return out
 
 
@@ -76,26 +87,29 @@ def _turn(
     return out
 
 
-STEPS = Steps(norm=_norm, gate=_gate, turn=_turn)
+STEPS = Steps(norm=_norm, gemma_norm=_gemma_norm, silu_gate=_silu_gate, gelu_gate=_gelu_gate, turn=_turn)
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up, [..., f] each."""
+    """act(gate) * up, [..., f] each, by the kernels of that name."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        out: Tensor = _kernels().swiglu_forward(gate, up)[2]
+        ctx.name = name
+        with _device_of(gate):
+            out: Tensor = getattr(_kernels(), f"{name}_forward")(gate, up)[2]
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        found = _kernels().swiglu_backward(gate, up, gradient.contiguous())
+        with _device_of(gate):
+            found = getattr(_kernels(), f"{ctx.name}_backward")(gate, up, gradient.contiguous())
         for gone in (gate, up):  # the gradients are where they were: a second backward pass is an error
             torch.autograd.graph.increment_version(gone)
-        return found
+        return *found, None
 
 
 class _Rotary(torch.autograd.Function):

@@ -67,7 +67,7 @@ def _compiled_call(layer: nn.Module) -> Any:
 
 
 def use_liger(base: nn.Module) -> None:
-    """Let packs run through Liger's kernels where the decoder's parts are Llama's; tried on a few tokens.
+    """Let packs run through Liger's kernels where they know the decoder's parts; tried on a few tokens.
 
     Raises:
         ConfigError: the base is not on a CUDA device or has no such part; or the kernels fail, or give other
