@@ -13,8 +13,8 @@ bare model's own, on every architecture. Axes: B batch, H kv heads, P prefix, T 
 Reading order: `session` (what is attached, and the hooks), `forward` (one pass of the decoder), `view` (the
 cache, mask and positions that the decoder sees). For training there are also `head` (the model in two
 halves), and `packed` with `documents` (several documents in one row without padding), whose layers `quicker`
-fuses or compiles once `trial` has tried that; for serving there are `rows` (a batch whose rows join and
-leave) and `flat` (their next tokens and prompts in one pass).
+fuses (`lean`, `liger`) or compiles once `trial` has tried that; for serving there are `rows` (a batch whose
+rows join and leave) and `flat` (their next tokens and prompts in one pass).
 """
 
 from prefixtune.attachment.experts import aligned_experts

@@ -150,36 +150,6 @@ def _gated(module: Any, gate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
     return out
 
 
-def _norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out: Tensor = _Norm.apply(hidden, weight, eps, False)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _gemma_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out: Tensor = _Norm.apply(hidden, weight, eps, True)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _SiluGated.apply(gate, up)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _GeluGated.apply(gate, up)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _turn(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
-
-
-STEPS = Steps(norm=_norm, gemma_norm=_gemma_norm, silu_gate=_silu_gate, gelu_gate=_gelu_gate, turn=_turn)
-
-
 class _Norm(torch.autograd.Function):
     """weight * x / sqrt(mean(x^2) + eps), float32 within (Zhang & Sennrich 2019); x [..., d].
 
@@ -187,7 +157,7 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+    def forward(ctx: Any, gemma: bool, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = hidden.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = scale.div_(hidden.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
@@ -210,37 +180,31 @@ class _Norm(torch.autograd.Function):
             by_normed = (gradient * weight).to(hidden.dtype).float()
         along = (by_normed * wide).sum(-1, keepdim=True)
         along = along.mul_(scale).mul_(scale).mul_(scale).div_(-hidden.shape[-1])
-        return (by_normed * scale).addcmul_(wide, along).to(hidden.dtype), None, None, None
+        return None, (by_normed * scale).addcmul_(wide, along).to(hidden.dtype), None, None
 
 
-class _SiluGated(torch.autograd.Function):
-    """silu(gate) * up, [..., f] each (Shazeer 2020)."""
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, or gelu(gate) * up in its form with tanh; [..., f] each (Shazeer 2020)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gelu: bool, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.gelu = gelu
+        return _activated(gelu, gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return by_gate, F.silu(gate).mul_(gradient)
+        aten, by_active = torch.ops.aten, gradient * up
+        if ctx.gelu:
+            by_gate = aten.gelu_backward(by_active, gate, approximate="tanh")
+        else:
+            by_gate = aten.silu_backward(by_active, gate)
+        return None, by_gate, _activated(ctx.gelu, gate).mul_(gradient)
 
 
-class _GeluGated(torch.autograd.Function):
-    """gelu(gate) * up, [..., f] each, with tanh (Shazeer 2020; Hendrycks & Gimpel 2016, section 2)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        by_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
-        return by_gate, F.gelu(gate, approximate="tanh").mul_(gradient)
+def _activated(gelu: bool, gate: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
 
 
 class _Rotary(torch.autograd.Function):
@@ -265,3 +229,22 @@ class _Rotary(torch.autograd.Function):
         first.addcmul_(two, sin_two)
         second.addcmul_(one, sin_one, value=-1)
         return out, None, None
+
+
+_rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotary.apply
+
+
+def _turn(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+STEPS = Steps(
+    norm=partial(_Norm.apply, False),
+    gemma_norm=partial(_Norm.apply, True),
+    silu_gate=partial(_Gated.apply, False),
+    gelu_gate=partial(_Gated.apply, True),
+    turn=_turn,
+)

@@ -8,8 +8,9 @@ nothing is written over that anybody else may read.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,33 +69,11 @@ def _gemma_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _Gated.apply(gate, up, "swiglu")  # type: ignore[no-untyped-call]
-    return out
-
-
-def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = _Gated.apply(gate, up, "geglu")  # type: ignore[no-untyped-call]
-    return out
-
-
-def _turn(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    if unsqueeze_dim != 1:
-        return OWN.turn(query, key, cos, sin, unsqueeze_dim)
-    out: tuple[Tensor, Tensor] = _Rotary.apply(query, key, cos, sin)  # type: ignore[no-untyped-call]
-    return out
-
-
-STEPS = Steps(norm=_norm, gemma_norm=_gemma_norm, silu_gate=_silu_gate, gelu_gate=_gelu_gate, turn=_turn)
-
-
 class _Gated(torch.autograd.Function):
     """act(gate) * up, [..., f] each, by the kernels of that name."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, name: str, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.name = name
@@ -109,7 +88,7 @@ class _Gated(torch.autograd.Function):
             found = getattr(_kernels(), f"{ctx.name}_backward")(gate, up, gradient.contiguous())
         for gone in (gate, up):  # the gradients are where they were: a second backward pass is an error
             torch.autograd.graph.increment_version(gone)
-        return *found, None
+        return None, *found
 
 
 class _Rotary(torch.autograd.Function):
@@ -132,3 +111,23 @@ class _Rotary(torch.autograd.Function):
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+_rotated: Callable[..., tuple[Tensor, Tensor]] = _Rotary.apply
+
+
+def _turn(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    if unsqueeze_dim != 1:
+        return OWN.turn(query, key, cos, sin, unsqueeze_dim)
+    return _rotated(query, key, cos, sin)
+
+
+STEPS = Steps(
+    norm=_norm,
+    gemma_norm=_gemma_norm,
+    silu_gate=partial(_Gated.apply, "swiglu"),
+    gelu_gate=partial(_Gated.apply, "geglu"),
+    turn=_turn,
+)
