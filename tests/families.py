@@ -314,3 +314,11 @@ def randomised(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None  # runs to the full length, so that all tokens are compared
     return model.eval().requires_grad_(False)
+
+
+def stir_norms(base: Any) -> None:
+    """Weights of norms are 1 in a new model, which would hide one that is left out."""
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in base.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator).to(weight)

@@ -23,7 +23,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.load import LoadedBase
 from prefixtune.train import defaults
 from prefixtune.train.defaults import compiled_for
-from tokenizers_for_tests import byte_tokenizer
+from small_runs import logged_losses, write_place
 
 RUN = ["--length", 4, "--max-steps", 4, "--logging-steps", 1, "--save-steps", 2, "--report-to", "none"]
 COMPILED = "the layers are compiled"
@@ -32,13 +32,8 @@ COMPILED = "the layers are compiled"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model without dropout and rows to train on."""
-    folder = tmp_path_factory.mktemp("compile")
-    tokenizer = byte_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     rows = [{"instruction": f"Say {i}.", "output": "yes" * (1 + i % 3)} for i in range(24)]
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    return folder
+    return write_place(tmp_path_factory.mktemp("compile"), rows)
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +55,6 @@ def succeed(*args: Any, **options: Any) -> str:
     return result.stderr
 
 
-def losses(output: Path) -> list[float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def compiled(output: Path) -> bool:
     found: bool = json.loads((output / "run.json").read_text())["resolved"]["compile"]
     return found
@@ -75,8 +65,8 @@ def test_compiled_layers_learn_what_plain_ones_do(place: Path, tmp_path: Path) -
     assert COMPILED in succeed(place, tmp_path / "compiled", "--compile")
     assert not compiled(tmp_path / "plain")
     assert compiled(tmp_path / "compiled")
-    assert len(losses(tmp_path / "plain")) == 4
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
+    assert len(logged_losses(tmp_path / "plain")) == 4
+    assert logged_losses(tmp_path / "compiled") == pytest.approx(logged_losses(tmp_path / "plain"), rel=2e-3)
 
 
 def test_a_compiled_run_that_stopped_ends_as_one_that_did_not(place: Path, tmp_path: Path) -> None:
@@ -125,7 +115,7 @@ def test_a_long_run_in_bfloat16_is_compiled_unless_that_is_refused_or_fails(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     told = " ".join(succeed(place, tmp_path / "failed", dtype="bfloat16").split())
     assert "they run uncompiled: compile: torch.compile needs a C++ compiler" in told
-    assert losses(tmp_path / "failed") == losses(tmp_path / "refused")
+    assert logged_losses(tmp_path / "failed") == logged_losses(tmp_path / "refused")
 
 
 def test_a_run_is_long_by_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,31 +5,11 @@ Each in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
 
-TESTS = Path(__file__).parent
-
-
-REAL = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    ],
-)
+from own_process import on_a_real_gpu, passes_alone
 
 
-@pytest.mark.parametrize("gpu", ["pretend", REAL])
+@pytest.mark.parametrize("gpu", ["pretend", on_a_real_gpu("cuda")])
 def test_nothing_is_made_on_the_wrong_device(gpu: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "on_pretend_gpu.py"]
-    environment = {**os.environ, "PREFIXTUNE_TEST_GPU": gpu}
-    done = subprocess.run(
-        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passes_alone("on_pretend_gpu.py", PREFIXTUNE_TEST_GPU=gpu)

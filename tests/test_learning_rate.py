@@ -22,18 +22,13 @@ from prefixtune.errors import ConfigError
 from prefixtune.load import LoadedBase
 from prefixtune.train import trainer_for
 from prefixtune.train.rate import ABOVE, BELOW, STEPS, read
-from tokenizers_for_tests import byte_tokenizer
+from small_runs import write_place
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rates")
-    tokenizer = byte_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     rows = [{"instruction": f"Say {i}.", "input": "", "output": "yes" * (4 + i % 3)} for i in range(12)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return folder
+    return write_place(tmp_path_factory.mktemp("rates"), rows)
 
 
 def train(place: Path, output: Path, *more: Any) -> Result:

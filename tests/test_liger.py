@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from families import tiny_model
+from own_process import on_a_real_gpu, passes_alone
 from prefixtune.attachment import check_liger, liger, use_liger
 from prefixtune.cli import main
 from prefixtune.config import TrainConfig
@@ -23,43 +21,20 @@ from prefixtune.load import LoadedBase
 from prefixtune.train import defaults
 from prefixtune.train.defaults import compiled_for
 
-TESTS = Path(__file__).parent
-REAL = pytest.param(
-    "0",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    ],
-)
 
-
-@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is for Linux")
-@pytest.mark.parametrize("interpreted", ["1", REAL])
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+@pytest.mark.parametrize("interpreted", ["1", on_a_real_gpu("0")])
 def test_kernels_do_what_the_models_own_steps_do(interpreted: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "on_liger.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": interpreted}
-    done = subprocess.run(
-        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passes_alone("on_liger.py", TRITON_INTERPRET=interpreted)
 
 
-def train(tmp_path: Path, *more: Any) -> Any:
-    line = [
-        "train",
-        "--model",
-        tmp_path / "none",
-        "--data",
-        tmp_path / "rows.json",
-        "--output",
-        tmp_path / "run",
-    ]
-    (tmp_path / "rows.json").write_text(
-        json.dumps([{"instruction": "Say", "output": "yes"}]), encoding="utf-8"
-    )
-    done = CliRunner().invoke(main, [str(arg) for arg in [*line, "--liger", *more]])
+def refused(folder: Path, *more: str) -> str:
+    """What is told where a run with it is refused, before a model is looked for."""
+    (folder / "rows.json").write_text(json.dumps([{"instruction": "Say", "output": "yes"}]), encoding="utf-8")
+    line = f"train --liger --model {folder}/none --data {folder}/rows.json --output {folder}/run"
+    done = CliRunner().invoke(main, [*line.split(), *more])
     assert done.exit_code == 2
-    assert not (tmp_path / "run").exists()
+    assert not (folder / "run").exists()
     return " ".join(done.stderr.split())
 
 
@@ -67,7 +42,7 @@ def test_without_a_gpu_it_is_told_before_the_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = train(tmp_path)
+    told = refused(tmp_path)
     assert "liger: Liger's kernels run on a CUDA device, and this run is on cpu" in told
     assert "leave it out" in told
 
@@ -83,7 +58,7 @@ def test_without_the_package_its_install_line_is_told(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("other", ["--compile", "--no-packing"])
 def test_it_goes_neither_with_compile_nor_without_packing(other: str, tmp_path: Path) -> None:
-    assert "goes neither with compile nor without packing" in train(tmp_path, other)
+    assert "goes neither with compile nor without packing" in refused(tmp_path, other)
 
 
 def test_a_base_on_the_cpu_is_refused() -> None:

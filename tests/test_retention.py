@@ -20,6 +20,7 @@ from prefixtune.memory import Estimate
 from prefixtune.storage import read_info
 from prefixtune.train.forecast import forecast
 from prefixtune.train.retention import Retention, sample_texts
+from small_runs import write_place
 from tokenizers_for_tests import byte_tokenizer
 
 WORDS = ("yes", "no", "so", "and")
@@ -27,12 +28,8 @@ WORDS = ("yes", "no", "so", "and")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("retention")
-    tiny_model("llama", vocab_size=len(byte_tokenizer())).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
     rows = [{"instruction": f"say {i % 7}", "input": "", "output": "yes " * 8} for i in range(48)]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return folder
+    return write_place(tmp_path_factory.mktemp("retention"), rows)
 
 
 def train(place: Path, output: Path, *more: Any) -> Any:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.activations import GELUTanh
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from families import EXTRA, FAMILIES, tiny_model
+from families import EXTRA, FAMILIES, stir_norms, tiny_model
 from prefixtune.attachment import packed
 from prefixtune.attachment.head import decoder_of
 from prefixtune.attachment.lean import lean
@@ -38,14 +38,6 @@ def embedded_for(base, dtype):
     width = base.get_input_embeddings().embedding_dim
     made = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(3))
     return made.to(dtype).requires_grad_()
-
-
-def stir_norms(base):
-    """Weights of norms are 1 in a new model, which would hide one that is left out."""
-    generator = torch.Generator().manual_seed(4)
-    for name, weight in base.named_parameters():
-        if "norm" in name:
-            weight.data += 0.3 * torch.randn(weight.shape, generator=generator).to(weight)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +85,9 @@ def test_packs_run_so_and_nothing_else_does():
     assert seen == [2 * 4 + 1, 0]
 
 
-def test_a_backward_pass_keeps_less():
-    base = tiny_model("llama").requires_grad_(False)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_backward_pass_keeps_less(family):
+    base = tiny_model(family).requires_grad_(False)
     kept = []
 
     def size_of_kept():
